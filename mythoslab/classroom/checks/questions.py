@@ -1,0 +1,254 @@
+"""Checks of 01_questions."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from . import Mistake, checks, expect, expect_close, expect_raises, expect_shape, reference
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@checks("climb")
+def climb(climb):
+    chains = torch.arange(20).sub(1).clamp(min=0)
+    star = torch.tensor([4, 4, 4, 4, 4, 5, 5, 5] + [0] * 6 + [8] * 6)
+    parent = torch.stack([chains, star])
+    before = parent.clone()
+    found = climb(parent)
+    expect(
+        torch.equal(parent, before),
+        "The argument parent has changed: climb on a copy, without an operation in place.",
+    )
+    expect(
+        isinstance(found, tuple) and len(found) == 2,
+        "Return two tensors: the index of each root, and the depth.",
+    )
+    root, depth = found
+    true_root, true_depth = reference("questions").climb(parent)
+    expect_shape(root, parent.shape, "The first result, root,")
+    expect_shape(depth, parent.shape, "The second result, depth,")
+    if torch.equal(root, true_root) and torch.equal(depth, true_depth):
+        return
+    chain, true_chain = depth[0].tolist(), true_depth[0].tolist()
+    first_row = torch.equal(root[0], true_root[0]) and chain == true_chain
+    mistakes = [
+        (
+            torch.equal(root, true_depth) and torch.equal(depth, true_root),
+            "The two results are swapped: return the root first, then the depth.",
+        ),
+        (
+            torch.equal(depth, true_depth + 1),
+            "A root counts as depth 1: depth counts links, not nodes, so start it at 0 there.",
+        ),
+        (
+            first_row,
+            "Only the first row is right: each row is a forest of its own, so gather along dimension 1.",
+        ),
+        (
+            chain == true_chain,
+            "The depth is right and the root is not: return the node reached at the end, not the parent.",
+        ),
+        (
+            max(chain) > 1 and chain == [min(links, max(chain)) for links in true_chain],
+            "Nodes far from the root have not arrived: a chain of n nodes needs log2(n) rounds, rounded up.",
+        ),
+        (
+            max(chain) < max(true_chain),
+            "The depths grow too slowly: a jump covers as many links as the node it lands on has counted, "
+            "so add that node's depth, not 1.",
+        ),
+        (
+            max(chain) > max(true_chain),
+            "Some depths are too large: add the depth of the node you point to before you point further.",
+        ),
+    ]
+    for made, sentence in mistakes:
+        expect(not made, sentence)
+    raise Mistake(
+        "Root or depth is wrong: compare with a walk from parent to parent on a chain of three nodes."
+    )
+
+
+@checks("two_chains")
+def two_chains(two_chains):
+    length, n_colours, n_lists = 6, 4, 400
+
+    def draw(seed=0, **changed):
+        options = {"length": length, "n_colours": n_colours, "generator": seeded(seed)}
+        return two_chains(n_lists, **{**options, **changed})
+
+    batch = draw()
+    fields = reference("questions").ForestBatch._fields
+    expect(getattr(batch, "_fields", None) == fields, "Return a ForestBatch, as forest does.")
+    for name, values in batch._asdict().items():
+        expect_shape(values, (n_lists, 2 * length), f"The field {name}")
+    is_root = batch.node == batch.parent
+    expect(
+        (is_root.sum(1) == 2).all(),
+        f"A list has {is_root[0].sum()} roots and not two: "
+        "each chain begins with a node that is its own parent.",
+    )
+    expect(
+        (batch.colour[~is_root] == 0).all(),
+        "Nodes that are no root show a colour: give them 0, or no link need be read.",
+    )
+    colour = batch.colour[is_root].view(-1, 2)
+    expect(
+        bool((colour >= 1).all() and (colour <= n_colours).all()),
+        f"Root colours run from {colour.min()} to {colour.max()}: they count from 1 to n_colours.",
+    )
+    expect(
+        (colour[:, 0] != colour[:, 1]).all(),
+        "Both roots of a list have the same colour: draw two different ones.",
+    )
+    expect(
+        all(((batch.depth == depth).sum(1) == 2).all() for depth in range(length)),
+        f"With length {length} the deepest node has depth {batch.depth.max()}, or a depth occurs "
+        "more than twice: both chains have exactly `length` nodes, each the child of the one before.",
+    )
+    expect(
+        len(set(map(tuple, colour.tolist()))) == n_colours * (n_colours - 1),
+        "The same few pairs of colours come up in every list: draw them anew for each list.",
+    )
+    position = torch.arange(2 * length).expand_as(batch.node)
+    for what, where in (("label", batch.node), ("position in the list", position)):
+        mean = torch.stack([where[batch.depth == depth].float().mean() for depth in range(length)])
+        expect(
+            (mean - (length - 0.5)).abs().max() < 1.2,
+            f"A node's {what} tells its depth: shuffle labels and positions with two independent draws.",
+        )
+    expect(
+        all(torch.equal(again, first) for again, first in zip(draw(), batch)),
+        "The same seed gave another batch: draw everything from `generator`, nothing from the global one.",
+    )
+    expect(
+        not torch.equal(draw(1).colour, batch.colour),
+        "Another seed gave the same batch: draw everything from `generator`.",
+    )
+    expect(
+        int(draw(n_labels=40).node.max()) >= 2 * length,
+        "With n_labels=40 the labels still come from the first few: pass n_labels on.",
+    )
+    answer_of_root = [dict(zip(n, c)) for n, c in zip(batch.node.tolist(), batch.colour.tolist())]
+    parents = [dict(zip(n, p)) for n, p in zip(batch.node.tolist(), batch.parent.tolist())]
+    for i in range(20):
+        for node, answer in zip(batch.node[i].tolist(), batch.answer[i].tolist()):
+            for _ in range(length):
+                node = parents[i][node]
+            expect(
+                answer_of_root[i][node] == answer,
+                "An answer is not the colour of the root its node leads to.",
+            )
+    for wrong in (dict(length=0), dict(n_colours=1), dict(n_labels=2 * length - 1)):
+        ((name, value),) = wrong.items()
+        expect_raises(
+            ValueError,
+            lambda: draw(**wrong),
+            f"{name}={value} should raise a ValueError that says what is needed.",
+        )
+
+
+@checks("text_batches")
+def text_batches(text_batches):
+    tokens, options = torch.arange(100), dict(batch_size=4, context_length=6)
+    batches = text_batches(tokens, **options, generator=seeded(0))
+    expect(isinstance(batches, Iterator), "Return an iterator of pairs: inputs and targets.")
+    drawn = []
+    for _ in range(40):
+        pair = next(batches, None)
+        expect(pair is not None, "The batches end: after an epoch, lay the windows anew and go on forever.")
+        drawn.append(pair)
+    for inputs, targets in drawn:
+        expect_shape(inputs, (4, 6), "The inputs")
+        expect_shape(targets, (4, 6), "The targets")
+    inputs = torch.cat([inputs for inputs, _ in drawn])
+    targets = torch.cat([targets for _, targets in drawn])
+    expect(
+        torch.equal(inputs, inputs[:, :1] + torch.arange(6)),
+        "The tokens of a window do not follow one another in the text.",
+    )
+    expect(
+        not torch.equal(targets, inputs),
+        "The targets are the inputs themselves: they are the tokens one place later.",
+    )
+    expect(
+        not torch.equal(targets, inputs - 1),
+        "The targets are one token earlier than the inputs, and should be one later.",
+    )
+    expect(
+        torch.equal(targets, inputs + 1),
+        "The targets should be the tokens one place after the inputs, here inputs + 1.",
+    )
+    first = inputs[:12].flatten().tolist()
+    expect(
+        len(set(first)) == len(first),
+        "A token was read twice within one epoch: lay the windows end to end, context_length apart, and draw "
+        "without replacement.",
+    )
+    starts = inputs[:, 0]
+    expect(
+        (starts[1:13] < starts[:12]).any(),
+        "The windows come in the order of the text: shuffle them in each epoch.",
+    )
+    expect(
+        len(set((starts % 6).tolist())) > 1,
+        "Every epoch cuts the text at the same places: draw a new offset below context_length for each.",
+    )
+    again = text_batches(tokens, **options, generator=seeded(0))
+    expect(
+        all(torch.equal(a, b) for (a, _), (b, _) in zip(drawn, again)),
+        "The same seed gave other batches: draw everything from `generator`, nothing from the global one.",
+    )
+    try:
+        shortest = next(text_batches(torch.arange(7), **options, generator=seeded(0)), None)
+    except (ValueError, RuntimeError):
+        shortest = None
+    expect(
+        shortest is not None and shortest[1].max() == 6,
+        "A text of context_length + 1 tokens holds exactly one window: the last start is the number of "
+        "tokens minus context_length minus 1.",
+    )
+    expect_raises(
+        ValueError,
+        lambda: text_batches(torch.arange(6), **options, generator=seeded(0)),
+        "Too short a text should raise a ValueError at once: a function with `yield` runs nothing before the "
+        "first next(), so check outside of it.",
+    )
+
+
+@checks("bits_per_byte")
+def bits_per_byte(bits_per_byte):
+    nats, n_tokens, n_bytes = 2.0, 100, 250
+    value = bits_per_byte(nats, n_tokens, n_bytes)
+    mistakes = {
+        nats * n_tokens / n_bytes: "This is still in nats: divide by ln 2 to get bits.",
+        nats * math.log(2) * n_tokens / n_bytes: "You multiply by ln 2: a nat is more than a bit, so divide.",
+        nats / math.log(2): "This is bits per token: spread the loss of all tokens over the bytes.",
+        nats
+        / math.log(2)
+        * n_bytes
+        / n_tokens: "Tokens and bytes are the wrong way round: tokens times loss, over bytes.",
+        nats
+        / math.log(2)
+        / n_bytes: "The mean loss is per token: multiply it by the number of tokens before you divide.",
+        math.log2(nats)
+        * n_tokens
+        / n_bytes: "The loss is a logarithm already: do not take its log2, divide it by ln 2.",
+    }
+    for wrong, sentence in mistakes.items():
+        expect(not math.isclose(value, wrong, rel_tol=1e-6), sentence)
+    expected = nats / math.log(2) * n_tokens / n_bytes
+    expect_close(
+        torch.tensor(value, dtype=torch.float64),
+        torch.tensor(expected, dtype=torch.float64),
+        "The number is wrong: nats per token, over ln 2, times tokens, over bytes.",
+    )
+    expect_raises(
+        ValueError,
+        lambda: bits_per_byte(1.0, 0, 0),
+        "n_bytes=0 should raise a ValueError that says what is needed.",
+    )

@@ -1,0 +1,196 @@
+"""The command line: thin, and each command imports only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Words of the command line; those of the process by default.
+
+    Returns:
+        0 when all is well, 1 when a command looked for something wrong and found it, 2 for a mistake of the
+        user, told in one sentence, 130 when interrupted.
+    """
+    if sys.version_info < (3, 10):
+        return _refuse(
+            f"this is Python {sys.version.split()[0]}, and the course needs 3.10 or newer: install it"
+        )
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("mythoslab: stopped", file=sys.stderr)
+        return 130
+
+
+def _refuse(sentence: str) -> int:
+    print(f"mythoslab: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mythoslab", description="Build a recurrent-depth transformer from scratch."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser(
+        "workbook", help="write workbooks: notebooks with the exercises left to you"
+    )
+    command.add_argument("topic", nargs="?", metavar="TOPIC", help="such as recurrence; all by default")
+    command.set_defaults(run=_workbook)
+
+    command = commands.add_parser("progress", help="show which parts of the package are yours")
+    command.set_defaults(run=_progress)
+
+    command = commands.add_parser("restore", help="bring the reference back in place of your saved module")
+    command.add_argument("topic", metavar="TOPIC")
+    command.set_defaults(run=_restore)
+
+    command = commands.add_parser("train", help="train a looped language model on real text, and measure it")
+    command.add_argument("--preset", required=True, metavar="NAME", help="size of the model, such as tiny")
+    command.add_argument("--text", metavar="FILE", help="UTF-8 text; the Python reference by default")
+    command.add_argument("--out", metavar="DIR", help="folder to save to; runs/NAME by default")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another model")
+    command.add_argument("--steps", type=int, metavar="N", help="training steps; those of the preset by default")
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("ask", help="let the trained model continue a prompt")
+    command.add_argument("prompt", metavar="PROMPT", help='such as "The for statement"')
+    command.add_argument("--from", dest="folder", default="runs/tiny", metavar="DIR", help="runs/tiny by default")
+    command.add_argument("--passes", type=int, metavar="N", help="passes per token; as trained by default")
+    command.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to write, 100 by default")
+    command.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is the likeliest; 0.7")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text")
+    command.set_defaults(run=_ask)
+
+    command = commands.add_parser("export", help="write the package's modules from the notebooks")
+    command.add_argument("--check", action="store_true", help="write nothing; fail if they differ")
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser("doctor", help="look at this machine: what is wrong, and how to mend it")
+    command.set_defaults(run=_doctor)
+    return parser
+
+
+def _workbook(options):
+    from .classroom.workbook import write_workbooks
+
+    write_workbooks(options.topic)
+
+
+def _progress(options):
+    from .classroom.saved import progress
+
+    progress()
+
+
+def _restore(options):
+    from .classroom.saved import restore
+
+    restore(options.topic)
+
+
+def _train(options):
+    from .model import PRESETS
+    from .training import train_preset
+
+    if options.preset == "forest":
+        return _train_forest(options)
+    if options.preset not in PRESETS:
+        raise ValueError(f"there is no preset '{options.preset}': choose one of {', '.join(PRESETS)}, forest")
+    train_preset(
+        options.preset, text=options.text, out=options.out, seed=options.seed, n_steps=options.steps
+    )
+
+
+def _train_forest(options):
+    """Train the small model of notebook 00 on questions of up to five links, and try it on nineteen."""
+    import time
+    from pathlib import Path
+
+    import torch
+
+    from .classroom.course import can_write
+    from .questions import two_chains
+    from .recurrence import ForestModel, accuracy_by_depth, save_forest, train_forest
+
+    steps, out = 1000 if options.steps is None else options.steps, Path(options.out or "runs/forest")
+    if options.text is not None:
+        raise ValueError("--text goes with a language model: the preset forest is trained on questions")
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}; it must be at least 1")
+    can_write(out)
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    start, model = time.perf_counter(), ForestModel(n_labels=40)
+    train_forest(model, n_steps=steps, n_passes=range(4, 10), seed=options.seed)
+    seconds = time.perf_counter() - start
+    command = f"mythoslab train --preset forest --seed {options.seed} --steps {steps}"
+    about = {"command": command, "seconds": f"{seconds:.0f}", "torch": torch.__version__}
+    save_forest(model, out / "forest.safetensors", **about)
+
+    draw = torch.Generator().manual_seed(options.seed + 1)
+    questions = two_chains(128, length=20, n_colours=4, n_labels=40, generator=draw)
+    by_pass = accuracy_by_depth(model, questions, 32)
+    depths = (1, 3, 5, 10, 15, 19)
+    print("right answers, in %; trained on up to 5 links, and 50 is chance")
+    print("links    " + "".join(f"{depth:6}" for depth in depths))
+    for n_passes in (1, 6, 16, 32):
+        shares = "".join(f"{100 * by_pass[n_passes - 1, depth]:6.0f}" for depth in depths)
+        print(f"{n_passes:2} {'passes' if n_passes > 1 else 'pass  '}{shares}")
+    print(f"saved to {out / 'forest.safetensors'} after {seconds:.0f} s of training")
+
+
+def _ask(options):
+    from .training import choose_device, continuation, load
+
+    model, tokenizer = load(options.folder)
+    pieces = continuation(
+        model.to(choose_device()),
+        tokenizer,
+        options.prompt,
+        options.tokens,
+        temperature=options.temperature,
+        n_passes=options.passes,
+        seed=options.seed,
+    )
+    print(options.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _export(options):
+    from .classroom import export
+
+    if not options.check:
+        for module in export.export():
+            print(f"wrote {module}")
+        return 0
+    found = export.differences()
+    for sentence in found:
+        print(sentence, file=sys.stderr)
+    if found:
+        print("run 'mythoslab export' to write the modules from the notebooks", file=sys.stderr)
+    return 1 if found else 0
+
+
+def _doctor(options):
+    from .classroom.doctor import doctor
+
+    return 0 if doctor() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""While tests run, check the shapes written in signatures; say in the log which torch runs them."""
+
+import torch
+from jaxtyping import install_import_hook
+
+import tests.shapes
+from mythoslab.classroom.course import notebooks, topic_of
+
+torch.set_num_threads(1)
+modules = [f"mythoslab.{topic_of(path)}" for path in notebooks()]
+install_import_hook(modules, f"{tests.shapes.__name__}.checked")
+
+
+def pytest_report_header():
+    build = "CPU build"
+    if torch.version.cuda:
+        build = f"CUDA {torch.version.cuda}"
+    elif torch.version.hip:
+        build = f"ROCm {torch.version.hip}"
+    return f"torch {torch.__version__}, {build}"

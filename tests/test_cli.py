@@ -1,0 +1,94 @@
+"""The command line: instant help, one sentence for a mistake, and a doctor that looks at this machine."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import mythoslab
+from mythoslab import cli
+from mythoslab.classroom import doctor, style
+
+
+def test_help_and_import_load_neither_torch_nor_matplotlib():
+    code = (
+        "import sys; from mythoslab import classroom, cli; cli._parser().format_help(); print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "matplotlib", "nbdev", "IPython", "nbformat"} & set(loaded)
+
+
+def test_the_version_is_the_installed_one(capsys):
+    assert mythoslab.__version__ == version("mythoslab")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == mythoslab.__version__
+
+
+@pytest.mark.parametrize(
+    "error, code, told",
+    [
+        (ValueError("do this instead"), 2, "mythoslab: do this instead\n"),
+        (OSError("the disk is full: free some space"), 2, "mythoslab: the disk is full: free some space\n"),
+        (KeyboardInterrupt(), 130, "mythoslab: stopped\n"),
+    ],
+)
+def test_mistakes_and_interruptions_end_without_traceback(monkeypatch, capsys, error, code, told):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(cli, "_progress", fail)
+    assert cli.main(["progress"]) == code
+    assert capsys.readouterr().err == told
+
+
+def test_an_old_python_is_told_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    assert cli.main(["progress"]) == 2
+    assert capsys.readouterr().err.startswith("mythoslab: this is Python ")
+
+
+def test_an_unknown_command_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["wrokbook"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and "wrokbook" in told and "workbook" in told.replace("wrokbook", "")
+
+
+def test_the_doctor_finds_this_machine_well_and_says_what_is_wrong(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("MYTHOSLAB_WORKBOOKS", str(tmp_path / "workbooks"))
+    assert doctor.doctor()
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok ") for line in lines) and any(
+        sys.version.split()[0] in line for line in lines
+    )
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert not doctor.doctor()
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrong")]
+    assert len(wrong) == 2 and all("make lab" in line for line in wrong)
+
+
+def _lightness(colour: str) -> float:
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
+
+
+def test_the_first_four_colours_survive_grey_and_the_others_are_dashed():
+    import matplotlib.pyplot as plt
+
+    steps = sorted(_lightness(colour) for colour in style.COLOURS[:4])
+    assert all(upper - lower >= 10 for lower, upper in zip(steps, steps[1:]))
+    with plt.rc_context():
+        style.use()
+        cycle = list(plt.rcParams["axes.prop_cycle"])
+        figure, axes = plt.subplots()
+        assert _lightness(plt.rcParams["axes.facecolor"]) - max(_lightness(c) for c in style.COLOURS) > 20
+        assert figure.get_facecolor()[3] == 1, "a dark page must not shine through"
+        plt.close(figure)
+    assert [entry["color"] for entry in cycle] == list(style.COLOURS)
+    assert [entry["linestyle"] for entry in cycle] == ["-"] * 4 + ["--"] * 3
