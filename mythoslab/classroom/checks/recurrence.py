@@ -1,0 +1,202 @@
+"""Checks of 02_recurrence."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+
+
+@checks("RMSNorm")
+def rms_norm(RMSNorm):
+    norm, x = RMSNorm(8), 3 * torch.randn(2, 5, 8)
+    expect(
+        isinstance(getattr(norm, "weight", None), nn.Parameter) and norm.weight.shape == (8,),
+        "RMSNorm(8) should hold a parameter called weight, one number per channel.",
+    )
+    expect(bool((norm.weight == 1).all()), "The weights should start at one, so that a new norm only scales.")
+    mean_square = x.square().mean(-1, keepdim=True)
+    centred = x - x.mean(-1, keepdim=True)
+    expect_close(
+        norm(x),
+        F.rms_norm(x, (8,), eps=1e-6),
+        "Divide each token by the root of its mean square, over the last dimension only.",
+        mistakes={
+            "You divide by the mean square itself: take its root.": x / mean_square,
+            "You divide by the length, the root of the sum: take the root of the mean.": F.normalize(x, dim=-1),
+            "That is a layer norm: RMSNorm does not subtract the mean.": centred / centred.square().mean(-1, keepdim=True).sqrt(),
+            "You take the mean over all tokens: each token is scaled by itself, over the last dimension.": x / x.square().mean().sqrt(),
+            "You multiply by the root mean square: divide by it.": x * mean_square.sqrt(),
+        },
+    )
+    tiny = torch.full((1, 8), 1e-4)
+    expect_close(
+        norm(tiny),
+        F.rms_norm(tiny, (8,), eps=1e-6),
+        "On very small inputs the result is off: add eps to the mean square, inside the root.",
+    )
+    expect(
+        bool(torch.isfinite(norm(torch.zeros(1, 8))).all()), "A token of zeros gives nan: add eps to the mean square, inside the root."
+    )
+    with torch.no_grad():
+        norm.weight.mul_(2)
+    expect_close(norm(x), 2 * F.rms_norm(x, (8,), eps=1e-6), "The learned weight has no effect: multiply the scaled token by it.")
+
+
+@checks("rotary_angles")
+def rotary_angles(rotary_angles):
+    expected = reference("recurrence").rotary_angles(6, 8, 500.0)
+    position, pair = torch.arange(6), torch.arange(0, 8, 2)
+    expect_close(
+        rotary_angles(6, 8, 500.0),
+        expected,
+        "Pair i turns by theta ** (-2 i / head_dim) radians at every position, counted from 0.",
+        mistakes={
+            "You count positions from 1: the first stands at 0 and does not turn.": torch.outer(position + 1, 500.0 ** (-pair / 8)),
+            "The angles grow from pair to pair: the exponent is negative, so later pairs turn more slowly.": torch.outer(
+                position, 500.0 ** (pair / 8)
+            ),
+            "The exponent is half of what it should be: pair i has the exponent -2 i / head_dim.": torch.outer(
+                position, 500.0 ** (-pair / 16)
+            ),
+            "The exponent is twice what it should be: divide by head_dim, not by the number of pairs.": torch.outer(
+                position, 500.0 ** (-pair / 4)
+            ),
+            "theta is not used: the base of the wavelengths is an argument.": reference("recurrence").rotary_angles(6, 8),
+        },
+    )
+    expect_raises(ValueError, lambda: rotary_angles(6, 7), "Channels turn in pairs: an odd head_dim should raise a ValueError.")
+
+
+@checks("rotate")
+def rotate(rotate):
+    angles = reference("recurrence").rotary_angles(6, 8)
+    x = torch.randn(2, 6, 8)
+    first, second = x.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    even, odd = x[..., ::2], x[..., 1::2]
+    expect_close(
+        rotate(x, angles),
+        reference("recurrence").rotate(x, angles),
+        "Turn channel i with channel i + half: first · cos − second · sin, then first · sin + second · cos.",
+        mistakes={
+            "You turn the wrong way round: the minus belongs to the first half, first · cos − second · sin.": torch.cat(
+                (first * cos + second * sin, second * cos - first * sin), -1
+            ),
+            "You pair neighbours (0 with 1): here channel i turns with channel i + half.": torch.stack(
+                (even * cos - odd * sin, even * sin + odd * cos), -1
+            ).flatten(-2),
+            "The second half should be first · sin + second · cos: yours has a minus too, so lengths change.": torch.cat(
+                (first * cos - second * sin, first * sin - second * cos), -1
+            ),
+            "Sine and cosine have changed places: at position 0 nothing should turn.": torch.cat(
+                (first * sin - second * cos, first * cos + second * sin), -1
+            ),
+            "The halves are joined in the wrong order.": torch.cat((first * sin + second * cos, first * cos - second * sin), -1),
+        },
+    )
+
+
+@checks("Attention")
+def attention(Attention):
+    expect_raises(ValueError, lambda: Attention(10, 4), "10 channels do not divide among 4 heads: raise a ValueError.")
+    x = torch.randn(2, 6, 16)
+    for causal, theta, what in ((False, None, "all-seeing"), (True, None, "causal"), (True, 10000.0, "causal, rotary")):
+        theirs = Attention(16, 2, causal=causal, rope_theta=theta)
+        expect(
+            {name: tuple(weight.shape) for name, weight in theirs.named_parameters()}
+            == {"qkv.weight": (48, 16), "out.weight": (16, 16)},
+            "Attention(16, 2) should hold two linear maps without bias: qkv from 16 to 48 channels, out from 16 to 16.",
+        )
+        ours = reference("recurrence").Attention(16, 2, causal=causal, rope_theta=theta)
+        ours.load_state_dict(theirs.state_dict())
+        got = theirs(x)
+        expect_shape(got, (2, 6, 16), "The output")
+        if causal:
+            later = x.clone()
+            later[:, -1] += 1
+            expect(
+                torch.allclose(theirs(later)[:, :-1], got[:, :-1], atol=1e-6),
+                "With causal=True a change of the last token changes earlier ones: hand is_causal to the attention.",
+            )
+        expect_close(
+            got,
+            ours(x),
+            f"The numbers of {what} attention are off: check how heads are split, scaled by the root of head_dim, and joined.",
+            mistakes=_attention_mistakes(ours, x),
+        )
+
+
+def _attention_mistakes(ours, x):
+    query, key, value = ours.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    plain = query, key
+    if ours.rope_theta is not None:
+        angles = reference("recurrence").rotary_angles(6, 8, ours.rope_theta)
+        query, key = (reference("recurrence").rotate(part, angles) for part in (query, key))
+
+    def finish(query=query, key=key, value=value, causal=ours.causal, **scale):
+        return ours.out(F.scaled_dot_product_attention(query, key, value, is_causal=causal, **scale).transpose(1, 2).flatten(2))
+
+    per_head = F.scaled_dot_product_attention(query, key, value, is_causal=ours.causal)
+    return {
+        "Scores are not divided by the root of head_dim.": finish(scale=1.0),
+        "Scores are divided by the root of dim: each head has only head_dim channels.": finish(scale=16**-0.5),
+        "With causal=False every token should see every other: yours hides later ones.": finish(causal=True),
+        "rope_theta has no effect: rotate queries and keys before they meet.": finish(*plain),
+        "Queries turn and keys do not (or the reverse): rotate both.": finish(query=query, key=plain[1]),
+        "Values are rotated too: positions belong to queries and keys alone.": finish(
+            value=reference("recurrence").rotate(value, reference("recurrence").rotary_angles(6, 8, ours.rope_theta or 10000.0))
+        ),
+        "Heads are joined before they are put behind the positions: transpose(1, 2), then flatten(2).": ours.out(
+            per_head.reshape(2, 6, 16)
+        ),
+        "The output projection is missing.": per_head.transpose(1, 2).flatten(2),
+    }
+
+
+@checks("Loop")
+def loop(Loop):
+    ours = reference("recurrence").Loop([nn.Linear(8, 8), nn.Linear(8, 8)], 8)
+    with torch.no_grad():
+        ours.norm.weight.mul_(1.5)
+    first, second = ours.blocks
+    theirs = Loop([first, second], 8)
+    expect(
+        sorted(theirs.state_dict()) == sorted(ours.state_dict()),
+        "Loop should hold its blocks in an nn.ModuleList called blocks and an RMSNorm called norm, or they are never trained.",
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 8)
+    states = theirs(x, 5)
+    expect(
+        isinstance(states, torch.Tensor) and states.dim() == 4 and len(states) == 5,
+        "Return the state after every pass, stacked: 5 passes make a first dimension of 5, without the state at the start.",
+    )
+    expect_shape(states, (5, 2, 3, 8), "Loop(blocks, 8)(inputs, 5)")
+
+    def run(step, order=(0, 1, 0, 1, 0), start=x):
+        state, collected = start, []
+        for index in order:
+            state = step(ours.blocks[index], state)
+            collected.append(state)
+        return torch.stack(collected)
+
+    expect_close(
+        states,
+        ours(x, 5),
+        "Each pass is state = block(norm(state) + inputs), and the first starts at the inputs.",
+        mistakes={
+            "The inputs are shown once and then forgotten: add them at every pass.": run(lambda block, s: block(ours.norm(s))),
+            "The state is not normed before the inputs are added.": run(lambda block, s: block(s + x)),
+            "You norm the sum: norm the state alone, then add the inputs.": run(lambda block, s: block(ours.norm(s + x))),
+            "The inputs are added after the block: the block should read them.": run(lambda block, s: block(ours.norm(s)) + x),
+            "The inputs are normed and the state is not: it is the state that grows.": run(lambda block, s: block(s + ours.norm(x))),
+            "Pass r should run block r % len(blocks): yours runs the first block only.": run(
+                lambda block, s: block(ours.norm(s) + x), order=(0,) * 5
+            ),
+            "The state starts at zero: start it at the inputs.": run(
+                lambda block, s: block(ours.norm(s) + x), start=torch.zeros_like(x)
+            ),
+        },
+    )
+    expect_raises(ValueError, lambda: theirs(x, 0), "Zero passes make no answer: raise a ValueError.")
