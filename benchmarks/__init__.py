@@ -1,0 +1,1 @@
+"""Speed of this project on the machine at hand: ``python -m benchmarks``."""

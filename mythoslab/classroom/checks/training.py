@@ -1,0 +1,218 @@
+"""Checks of 09_training."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import checks, expect, expect_close, expect_raises, reference
+from .model import beside
+
+
+def _model(learners):
+    shape = dict(vocab_size=13, dim=8, n_heads=2, hidden_dim=12, n_passes=2, context_length=6)
+    config = beside(learners, "MythosConfig", "model")(**shape)
+    model = beside(learners, "Mythos", "model")(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, 0.5)
+    return model
+
+
+@checks("held_out_bits")
+def held_out_bits(held_out_bits):
+    model, tokens, n_bytes = _model(held_out_bits), torch.randint(13, (30,)), 71
+    bits = held_out_bits(model, tokens, n_bytes, n_passes=4)
+    expect(bits is not None, "The result is None: is a return missing?")
+    expect(isinstance(bits, float), f"Return a float: yours is a {type(bits).__name__}.")
+    expect(model.embedding.weight.grad is None, "Measuring should leave no gradients: keep @torch.no_grad().")
+    first = math.log(13)
+
+    def of(nats):
+        return torch.tensor(nats / math.log(2) / n_bytes)
+
+    right = _nats(model, tokens, stride=3)
+    expect_close(
+        torch.tensor(bits),
+        of(first + right),
+        "The number is off: add up the nats of every token once, then divide by log(2) and by the bytes.",
+        mistakes={
+            "That is nats: divide by log(2) for bits.": of((first + right) * math.log(2)),
+            "That is bits per token: divide by the number of bytes, not of tokens.": of(
+                (first + right) * n_bytes / 30
+            ),
+            "The first token is missing: it has no context, and counts as one of vocab_size equals.": of(
+                right
+            ),
+            "Your windows do not overlap: move on by half a context, so that tokens have something before them.": of(
+                first + _nats(model, tokens, stride=6)
+            ),
+            "Tokens in the overlap of two windows count twice: count only those not yet predicted.": of(
+                first + _nats(model, tokens, stride=3, twice=True)
+            ),
+            "The end of the text is missing: the last window ends with the last token.": of(
+                first + _nats(model, tokens[:28], stride=3)
+            ),
+            "n_passes has no effect: hand it to the model.": of(
+                first + _nats(model, tokens, stride=3, n_passes=2)
+            ),
+        },
+        rtol=1e-5,
+    )
+    short = tokens[:4]
+    expect_close(
+        torch.tensor(held_out_bits(model, short, n_bytes, n_passes=4)),
+        of(first + _nats(model, short, stride=3)),
+        "A text shorter than one context should be read in one window.",
+    )
+
+
+@torch.no_grad()
+def _nats(model, tokens, *, stride, twice=False, n_passes=4):
+    context, last = 6, max(0, len(tokens) - 7)
+    total, done = 0.0, 1
+    for start in [*range(0, last, stride), last]:
+        window = tokens[start : start + context + 1]
+        losses = F.cross_entropy(model(window[None, :-1], n_passes)[0], window[1:], reduction="none")
+        total += losses[0 if twice else done - start - 1 :].sum().item()
+        done = start + 1 + len(losses)
+    return total
+
+
+@checks("schedule")
+def schedule(schedule):
+    TrainConfig = beside(schedule, "TrainConfig", "training")
+    plan = TrainConfig(n_steps=20, warm_up=0.2, decay=0.5)
+    steps = torch.arange(20.0)
+    rise, fall, hold = (steps + 1) / 4, (20 - steps) / 10, torch.ones(20)
+    got = [schedule(step, plan) for step in range(20)]
+    expect(None not in got, "The result is None: is a return missing?")
+    expect_close(
+        torch.tensor([float(share) for share in got]),
+        torch.minimum(torch.minimum(rise, fall), hold),
+        "The shape is off: the smallest of the rising line, the falling line and one.",
+        mistakes={
+            "The first step has the rate 0 and is lost: count from step + 1.": torch.minimum(
+                torch.minimum(steps / 4, fall), hold
+            ),
+            "It does not rise: the first warm_up · n_steps steps are smaller.": torch.minimum(fall, hold),
+            "It does not fall: the last decay · n_steps steps become smaller.": torch.minimum(rise, hold),
+            "It exceeds one: take the smallest of both lines and one.": torch.minimum(rise, fall),
+            "It falls from the start: it should hold, and fall in the last decay · n_steps steps alone.": torch.minimum(
+                torch.minimum(rise, 1 - steps / 20), hold
+            ),
+            "The last step has the rate 0 and is lost: the falling line is (n_steps − step) / (decay · n_steps).": torch.minimum(
+                torch.minimum(rise, (19 - steps) / 10), hold
+            ),
+            "You return a learning rate: return the share of the highest, 0 to 1.": torch.minimum(
+                torch.minimum(rise, fall), hold
+            )
+            * plan.learning_rate,
+            "warm_up and decay are shares of the steps: multiply them by n_steps.": torch.minimum(
+                torch.minimum((steps + 1) / 0.2, (20 - steps) / 0.5), hold
+            ),
+        },
+    )
+    flat = TrainConfig(n_steps=20, warm_up=0.0, decay=0.0)
+    try:
+        level = [schedule(step, flat) for step in (0, 19)]
+    except ZeroDivisionError:
+        level = None
+    expect(
+        level == [1, 1],
+        "With warm_up=0 and decay=0 the share should be one at every step, and nothing divided by zero.",
+    )
+
+
+@checks("training_step")
+def training_step(training_step):
+    start = _model(training_step)
+    inputs, targets = torch.randint(13, (2, 3, 6))
+    # what an earlier step leaves behind
+    F.cross_entropy(start(inputs.flip(0)).flatten(0, 1), inputs.flatten()).backward()
+
+    def after(step, **options):
+        model = copy.deepcopy(start)
+        for weight, old in zip(model.parameters(), start.parameters()):
+            weight.grad = old.grad.clone()
+        loss = step(model, inputs, targets, _optimisers(model), **options)
+        return nn.utils.parameters_to_vector(model.parameters()).detach(), loss
+
+    options = dict(n_passes=3, clip=0.3)
+    weights, loss = after(training_step, **options)
+    expect(loss is not None, "The loss is None: is a return missing?")
+    expect(
+        isinstance(loss, float),
+        "Return the loss as a float, loss.item(): a tensor keeps the whole step in memory.",
+    )
+    expected, expected_loss = after(reference("training").training_step, **options)
+    at_start = nn.utils.parameters_to_vector(start.parameters()).detach()
+    expect_close(
+        weights,
+        expected,
+        "The step is off: zero the gradients, backward, clip, and let every optimiser step, in this order.",
+        mistakes={
+            "Nothing has changed: let the optimisers step.": at_start,
+            "Gradients of the step before are still there: zero_grad comes before backward.": after(
+                _variant(zero=False), **options
+            )[0],
+            "The gradient is not clipped: clip between backward and step.": after(
+                _variant(clips=False), **options
+            )[0],
+            "n_passes has no effect: hand it to the model.": after(_variant(), clip=0.3)[0],
+            "Only the first optimiser steps: there are several.": after(_variant(first_only=True), **options)[
+                0
+            ],
+            "clip has no effect: yours always clips to one.": after(_variant(), n_passes=3, clip=1.0)[0],
+            "The step goes uphill: the loss should become smaller.": 2 * at_start - expected,
+            "Targets are inputs shifted already: compare logits and targets position by position.": after(
+                _variant(shift=True), **options
+            )[0],
+        },
+        atol=1e-6,
+    )
+    expect_close(
+        torch.tensor(loss),
+        torch.tensor(expected_loss),
+        "Return the loss of this step, in nats per token, as it was before the update.",
+    )
+    broken = copy.deepcopy(start)
+    with torch.no_grad():
+        broken.head.weight[0, 0] = torch.nan
+    before = broken.prelude[0].ffn.up.weight.detach().clone()
+    expect_raises(
+        ValueError,
+        lambda: training_step(broken, inputs, targets, _optimisers(broken)),
+        "A loss that is not a number should raise a ValueError: ask torch.isfinite(loss).",
+    )
+    expect(
+        torch.equal(broken.prelude[0].ffn.up.weight, before),
+        "A loss that is not a number reaches the weights: look at it before the optimisers step.",
+    )
+
+
+def _optimisers(model):
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    others = [weight for weight in model.parameters() if weight.dim() != 2]
+    return [torch.optim.SGD(matrices, lr=0.5), torch.optim.SGD(others, lr=0.5)]
+
+
+def _variant(*, zero=True, clips=True, first_only=False, shift=False):
+    def step(model, inputs, targets, optimisers, *, n_passes=None, clip=1.0):
+        logits = model(inputs, n_passes)
+        if shift:
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if zero:
+            model.zero_grad()
+        loss.backward()
+        if clips:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for optimiser in optimisers[:1] if first_only else optimisers:
+            optimiser.step()
+        return loss.item()
+
+    return step
