@@ -9,10 +9,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import mythoslab
+from mythoslab.classroom.run import Client
 
 REPOSITORY = Path(mythoslab.__file__).parent.parent
 LIGHT = "from mythoslab.classroom import save\n"
@@ -83,7 +83,7 @@ class Course:
         """Run cells in one kernel, whatever the file on disk says; what each printed."""
         run = notebook(cells)
         resources = {"metadata": {"path": str(self.root / folder)}}
-        client = NotebookClient(run, timeout=120, kernel_name="python3", resources=resources)
+        client = Client(run, timeout=120, kernel_name="python3", resources=resources)
         client.execute(env=self.environment)
         return {
             cell.id: "".join(out.get("text", "") for out in cell.get("outputs", [])) for cell in run.cells

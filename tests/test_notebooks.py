@@ -279,7 +279,7 @@ def test_running_stores_what_says_something_and_the_same_again(tmp_path):
     run(path)
     answer, widget, warn, slow = nbformat.read(path, as_version=4).cells
     assert [output.data for output in answer.outputs] == [{"text/plain": "42"}]
-    assert not widget.outputs
+    assert [output.text for output in widget.outputs] == ["5\n"]
     assert [output.text for output in warn.outputs] == ["mind the gap\n"]
     assert [output.text for output in slow.outputs] == ["0\n1\n2\n"]
     once = path.read_text()

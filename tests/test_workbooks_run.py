@@ -7,9 +7,9 @@ import os
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from mythoslab.classroom.course import notebooks, read_notebook, reference_module, tagged, topic_of
+from mythoslab.classroom.run import Client
 from mythoslab.classroom.saved import checked_names, defined_names
 from mythoslab.classroom.workbook import workbook_of
 
@@ -28,7 +28,7 @@ def run(path, book: dict, workbooks) -> dict[str, str]:
     file = workbooks / path.name
     nbformat.write(nbformat.from_dict(book), file)
     ran = nbformat.read(file, as_version=4)
-    client = NotebookClient(
+    client = Client(
         ran, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(workbooks)}}
     )
     client.execute(env={**os.environ, "MYTHOSLAB_WORKBOOKS": str(workbooks), "OMP_NUM_THREADS": "1"})

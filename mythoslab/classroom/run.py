@@ -14,6 +14,16 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from .course import UserError, notebook_of, notebooks, read_notebook, shown, write_whole
 
 
+class Client(NotebookClient):
+    """Runs notebooks, and leaves what an ``Output`` widget shows in the cell, where it can be read without a kernel.
+
+    The stand-in that nbclient opens for such a widget answers the kernel, and was seen to wait for ever.
+    """
+
+    def on_comm_open_jupyter_widget(self, msg):
+        return None
+
+
 def run(path: Path, timeout: int = 900) -> float:
     """Run one notebook in a fresh kernel, in its own folder, and store its outputs in it.
 
@@ -33,7 +43,7 @@ def run(path: Path, timeout: int = 900) -> float:
     read_notebook(path)
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
-    client = NotebookClient(
+    client = Client(
         notebook,
         timeout=timeout,
         kernel_name="python3",
