@@ -150,6 +150,12 @@ def test_the_rate_rises_holds_and_falls_and_is_never_zero(n_steps, warm_up, deca
         ("warm_up", 1.5),
         ("decay", -0.5),
         ("n_passes", (1, 0)),
+        ("n_passes", 3),
+        ("learning_rate", "0.1"),
+        ("clip", True),
+        ("weight_decay", None),
+        ("warm_up", None),
+        ("decay", True),
         ("seed", -1),
         ("seed", 2**63),
     ],
@@ -269,6 +275,31 @@ def test_saving_again_replaces_the_old_model_and_a_failure_keeps_it(trained, tmp
     assert torch.equal(load(tmp_path / "model")[0].norm.weight, model.norm.weight)
     save(tmp_path / "model", changed, tokenizer)
     assert torch.equal(load(tmp_path / "model")[0].norm.weight, changed.norm.weight)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("before_rename", [1, 2])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interruption_while_the_new_model_takes_its_place_keeps_the_old(
+    trained, tmp_path, monkeypatch, before_rename, interruption
+):
+    tokenizer, model, *_ = trained
+    save(tmp_path / "model", model, tokenizer)
+    changed, rename, calls = copy.deepcopy(model), Path.rename, []
+    with torch.no_grad():
+        changed.norm.weight.fill_(3.0)
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == before_rename:
+            raise interruption
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            save(tmp_path / "model", changed, tokenizer)
+    assert torch.equal(load(tmp_path / "model")[0].norm.weight, model.norm.weight)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
