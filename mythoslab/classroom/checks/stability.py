@@ -1,0 +1,92 @@
+"""Checks of 03_stability."""
+
+import torch
+from torch import nn
+
+from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+
+
+@checks("spectral_radius")
+def spectral_radius(spectral_radius):
+    symmetric = torch.tensor([[2.0, 1.0], [1.0, -3.0]])
+    turning = torch.tensor([[0.5, -2.0], [1.0, 0.25]])
+    mixed = torch.linalg.qr(torch.randn(4, 4))[0]
+    general = mixed @ torch.block_diag(turning, torch.tensor([[-1.0]]), torch.tensor([[0.2]])) @ mixed.T
+    for matrix in (general, symmetric, torch.tensor([[0.5, 10.0], [0.0, 0.25]])):
+        got = spectral_radius(matrix)
+        values = torch.linalg.eigvals(matrix)
+        expect_close(
+            got,
+            values.abs().max(),
+            "Take the largest absolute value of the eigenvalues.",
+            mistakes={
+                "You take the largest singular value: that bounds one pass, the eigenvalues tell of many.": torch.linalg.svdvals(matrix)[0],
+                "You take the largest real part: a complex eigenvalue stretches by its absolute value.": values.real.max(),
+                "You take the absolute value of the real part: a complex eigenvalue has an imaginary one too.": values.real.abs().max(),
+                "You take the smallest eigenvalue: the largest wins in the long run.": values.abs().min(),
+                "You take the Frobenius norm: ask for the eigenvalues.": matrix.norm(),
+                "You look at the diagonal: those are the eigenvalues only if nothing stands below it or above it.": matrix.diagonal().abs().max(),
+            },
+        )
+    many = torch.stack((symmetric, turning))
+    expect_shape(spectral_radius(many), (2,), "The radius of two matrices")
+    expect_close(
+        spectral_radius(torch.tensor([0.5, -0.9])),
+        torch.tensor(0.9),
+        "A vector is the diagonal of a matrix: its radius is the largest absolute value.",
+    )
+    expect_raises(ValueError, lambda: spectral_radius(torch.zeros(2, 3)), "A matrix that is not square has no eigenvalues: raise a ValueError.")
+    expect_raises(ValueError, lambda: spectral_radius(torch.full((2, 2), float("nan"))), "A matrix with nan should raise a ValueError.")
+
+
+@checks("LTIInjection")
+def lti_injection(LTIInjection):
+    ours, theirs = reference("stability").LTIInjection(4), LTIInjection(4)
+    expect(
+        {name: tuple(weight.shape) for name, weight in theirs.named_parameters()} == {"log_rate": (4,), "inputs.weight": (4, 4)},
+        "LTIInjection(4) should hold log_rate, one number per channel, and a linear map called inputs, without bias.",
+    )
+    with torch.no_grad():
+        ours.log_rate.copy_(torch.tensor([-2.0, -1.0, 0.0, 0.5]))
+        ours.inputs.weight.add_(0.3 * torch.randn(4, 4))
+    theirs.load_state_dict(ours.state_dict())
+    rate = ours.log_rate.exp()
+    expect_close(
+        theirs.decay(),
+        ours.decay(),
+        "The decay is exp(−rate), and the rate is exp(log_rate).",
+        mistakes={
+            "You return the rate: the decay is exp(−rate).": rate,
+            "You use log_rate as the rate: take its exponential first, so that it is positive.": torch.exp(-ours.log_rate),
+            "The sign is missing: exp(rate) grows, exp(−rate) decays.": torch.exp(rate),
+            "That is a sigmoid of log_rate: a decay too, and another one than the hold gives.": ours.log_rate.sigmoid(),
+            "That is a first-order step, 1 − rate: it leaves the circle for large rates. Solve exactly, exp(−rate).": 1 - rate,
+            "You return 1 − decay.": 1 - ours.decay(),
+        },
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for value in (-1e4, -20.0, 10.0, 1e4):
+            extreme = LTIInjection(4).to(dtype)
+            nn.init.constant_(extreme.log_rate, value)
+            decay = extreme.decay()
+            expect(
+                bool(((decay > 0) & (decay < 1)).all()),
+                f"With log_rate at {value:g} the decay is {decay[0].item():g} in {str(dtype)[6:]}, and it must stay inside (0, 1): "
+                "clamp the rate before the exponential, by what the dtype can tell from 1 and from 0.",
+            )
+    state, inputs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    decay, seen = ours.decay(), ours.inputs(inputs)
+    expect_close(
+        theirs(state, inputs),
+        ours(state, inputs),
+        "One pass is decay · state + (1 − decay) · B · inputs.",
+        mistakes={
+            "The inputs are not weighed by 1 − decay: the fixed point moves away from B · inputs.": decay * state + seen,
+            "B is not used: send the inputs through the linear map.": decay * state + (1 - decay) * inputs,
+            "B is applied to the state: it belongs to the inputs.": decay * ours.inputs(state) + (1 - decay) * inputs,
+            "Decay and gain have changed places.": (1 - decay) * state + decay * seen,
+            "The state is forgotten: add decay · state.": (1 - decay) * seen,
+            "The inputs are forgotten: add (1 − decay) · B · inputs.": decay * state,
+        },
+    )
+    expect_raises(ValueError, lambda: theirs(state, inputs[:1]), "State and inputs of different shapes should raise a ValueError.")
