@@ -81,7 +81,7 @@ class LTIInjection(nn.Module):
         decay = self.decay()
         return decay * state + (1 - decay) * self.inputs(inputs)
 
-# %% ../notebooks/03_stability.ipynb #updates
+# %% ../notebooks/03_stability.ipynb #inject-then-block
 def inject_then_block(
     injection: Callable,
     block: Callable,
@@ -94,7 +94,7 @@ def inject_then_block(
     """
     return block(injection(state, inputs))
 
-
+# %% ../notebooks/03_stability.ipynb #inject-beside-block
 def inject_beside_block(
     injection: Callable,
     block: Callable,

@@ -20,6 +20,7 @@ from mythoslab.recurrence import (
     RMSNorm,
     SwiGLU,
     accuracy_by_depth,
+    forest_loss,
     load_forest,
     rotary_angles,
     rotate,
@@ -124,6 +125,30 @@ def test_training_is_reproducible():
         torch.manual_seed(3)
         runs.append(train_forest(ForestModel(dim=16, hidden_dim=16), n_passes=range(2, 5), n_steps=5, seed=7))
     assert runs[0] == runs[1]
+
+
+def test_training_lowers_the_loss_it_is_given():
+    seen = []
+
+    def last_pass(model, facts, n_passes):
+        seen.append(n_passes)
+        return F.cross_entropy(model(facts, n_passes)[-1].flatten(0, 1), facts.answer.flatten() - 1)
+
+    torch.manual_seed(3)
+    model = ForestModel(dim=16, hidden_dim=16)
+    losses = train_forest(model, loss=last_pass, n_passes=range(2, 5), n_steps=8, seed=7)
+    torch.manual_seed(3)
+    other = train_forest(ForestModel(dim=16, hidden_dim=16), n_passes=range(2, 5), n_steps=8, seed=7)
+    assert len(losses) == len(seen) == 8 and set(seen) == {2, 3, 4}
+    assert losses[0] != other[0]
+
+
+def test_the_loss_of_every_pass_is_their_mean():
+    torch.manual_seed(0)
+    model, facts = ForestModel(dim=16, hidden_dim=16), two_chains(4, length=3, n_colours=4, n_labels=24, generator=torch.Generator())
+    answer = facts.answer.flatten() - 1
+    passes = [F.cross_entropy(logits.flatten(0, 1), answer) for logits in model(facts, 3)]
+    assert torch.allclose(forest_loss(model, facts, 3), torch.stack(passes).mean())
 
 
 def on_cuda(module):

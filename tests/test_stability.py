@@ -82,7 +82,7 @@ def test_one_pass_is_the_exact_solution_of_the_leaky_equation(seed, rate):
     nn.init.constant_(injection.log_rate, math.log(rate))
     state, inputs = numbers(seed, 2, 2)
     target = injection.inputs(inputs)
-    expected, n_steps = state, 2000
+    expected, n_steps = state, 200
     for _ in range(n_steps):  # the classical Runge–Kutta method, in steps of 1 / n_steps
         slope = lambda s: -rate * (s - target)  # noqa: E731
         first = slope(expected)
@@ -244,6 +244,38 @@ class ForgetsTheInputs(LTIInjection):
         return self.decay() * state
 
 
+def block_first(injection, block, state, inputs):
+    return injection(block(state), inputs)
+
+
+def adds_what_was_injected(injection, block, state, inputs):
+    return injection(state, inputs) + block(injection(state, inputs))
+
+
+def beside(injection, block, state, inputs):
+    return injection(state, inputs) + block(state + inputs)
+
+
+def without_the_block(injection, block, state, inputs):
+    return injection(state, inputs)
+
+
+def without_the_injection(injection, block, state, inputs):
+    return block(state + inputs)
+
+
+def block_reads_the_state(injection, block, state, inputs):
+    return injection(state, inputs) + block(state)
+
+
+def before(injection, block, state, inputs):
+    return block(injection(state, inputs))
+
+
+def state_once_more(injection, block, state, inputs):
+    return state + injection(state, inputs) + block(state + inputs)
+
+
 MISTAKES = [
     ("spectral_radius", largest_stretch, "largest singular value"),
     ("spectral_radius", real_part_only, "largest real part"),
@@ -261,6 +293,17 @@ MISTAKES = [
     ("LTIInjection", Swapped, "changed places"),
     ("LTIInjection", ForgetsTheState, "state is forgotten"),
     ("LTIInjection", ForgetsTheInputs, "inputs are forgotten"),
+    ("inject_then_block", block_first, "run the block first"),
+    ("inject_then_block", adds_what_was_injected, "add what was injected"),
+    ("inject_then_block", beside, "the other update"),
+    ("inject_then_block", without_the_block, "block does not run"),
+    ("inject_then_block", without_the_injection, "instead of injected"),
+    ("inject_beside_block", block_reads_the_state, "reads the state alone"),
+    ("inject_beside_block", before, "the other update"),
+    ("inject_beside_block", adds_what_was_injected, "reads what was injected"),
+    ("inject_beside_block", without_the_block, "block is left out"),
+    ("inject_beside_block", without_the_injection, "injection is left out"),
+    ("inject_beside_block", state_once_more, "once more"),
 ]
 
 
@@ -273,7 +316,9 @@ def test_check_names_the_cause(name, wrong, cause, capsys):
     assert handed_back is not wrong
 
 
-@pytest.mark.parametrize("right", [spectral_radius, LTIInjection], ids=lambda part: part.__name__)
+@pytest.mark.parametrize(
+    "right", [spectral_radius, LTIInjection, inject_then_block, inject_beside_block], ids=lambda part: part.__name__
+)
 def test_check_accepts_the_finished_code(right, capsys):
     assert check(right) is right
     assert capsys.readouterr().out == f"{right.__name__}: right.\n"

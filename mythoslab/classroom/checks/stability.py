@@ -90,3 +90,52 @@ def lti_injection(LTIInjection):
         },
     )
     expect_raises(ValueError, lambda: theirs(state, inputs[:1]), "State and inputs of different shapes should raise a ValueError.")
+
+
+def _linear_parts():
+    """An injection and a block that tell every order of calls apart, and a state and inputs for them."""
+    from_state, from_inputs, of_block = torch.randn(3, 4, 4)
+    state, inputs = torch.randn(2, 2, 3, 4)
+    return (lambda s, x: s @ from_state + x @ from_inputs), (lambda x: x @ of_block), state, inputs
+
+
+@checks("inject_then_block")
+def inject_then_block(inject_then_block):
+    injection, block, state, inputs = _linear_parts()
+    expect_close(
+        inject_then_block(injection, block, state, inputs),
+        block(injection(state, inputs)),
+        "The injection reads state and inputs, and the block reads what it returns.",
+        mistakes={
+            "You run the block first: inject, and then run the block.": injection(block(state), inputs),
+            "You add what was injected to the block's answer: the block has its own residual path, and returns the new state.": (
+                injection(state, inputs) + block(injection(state, inputs))
+            ),
+            "You put the block beside the injection: that is the other update.": injection(state, inputs) + block(state + inputs),
+            "The block does not run: hand it what the injection returns.": injection(state, inputs),
+            "The injection is left out: the block should not read the state itself.": block(state),
+            "The inputs are added instead of injected: call the injection.": block(state + inputs),
+            "State and inputs have changed places.": block(injection(inputs, state)),
+        },
+    )
+
+
+@checks("inject_beside_block")
+def inject_beside_block(inject_beside_block):
+    injection, block, state, inputs = _linear_parts()
+    expect_close(
+        inject_beside_block(injection, block, state, inputs),
+        injection(state, inputs) + block(state + inputs),
+        "Add what the injection returns to what the block returns for state + inputs.",
+        mistakes={
+            "The block reads the state alone: it should read state + inputs.": injection(state, inputs) + block(state),
+            "The block reads the inputs alone: it should read state + inputs.": injection(state, inputs) + block(inputs),
+            "You run the block on what was injected: that is the other update.": block(injection(state, inputs)),
+            "The block reads what was injected: beside means that it reads state + inputs.": (
+                injection(state, inputs) + block(injection(state, inputs))
+            ),
+            "The block is left out: add block(state + inputs).": injection(state, inputs),
+            "The injection is left out: add injection(state, inputs).": block(state + inputs),
+            "The state is added once more: the injection carries it already.": state + injection(state, inputs) + block(state + inputs),
+        },
+    )
