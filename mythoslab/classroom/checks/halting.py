@@ -1,0 +1,167 @@
+"""Checks of 04_halting."""
+
+import math
+
+import torch
+
+from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+
+
+def _refuses_bad_shares(function, name):
+    expect_raises(ValueError, lambda: function(torch.zeros(0, 3)), f"{name} without a single pass should raise a ValueError.")
+    for bad in (math.nan, -0.1, 1.1):
+        numbers = torch.tensor([[0.2], [bad], [0.5]])
+        expect_raises(ValueError, lambda: function(numbers), f"{name} with {bad} should raise a ValueError: shares lie between 0 and 1.")
+
+
+def _refuses_bad_thresholds(function):
+    for bad in (0.0, 1.5, math.nan):
+        expect_raises(
+            ValueError,
+            lambda: function(torch.full((3, 2), 0.5), bad),
+            f"A threshold of {bad:g} should raise a ValueError: it must be above 0 and at most 1.",
+        )
+
+
+@checks("halting_distribution")
+def halting_distribution(halting_distribution):
+    halt_prob = 0.1 + 0.6 * torch.rand(5, 3)
+    still_going = (1 - halt_prob).cumprod(0)
+    reached = torch.cat((torch.ones(1, 3), still_going[:-1]))
+    share = halt_prob * reached
+    across = torch.cat((torch.ones(1, 3), (1 - halt_prob[:-1]).cumprod(1)))
+    expect_close(
+        halting_distribution(halt_prob),
+        torch.cat((share[:-1], reached[-1:])),
+        "Multiply the halting probability of a pass by the probability to have reached it: ∏ (1 − halt_prob) of the passes before.",
+        mistakes={
+            "The last pass must take all that is left, whatever its own halting probability: now the shares sum to less than one.": share,
+            "You count the pass itself among those that went on: the product runs over the passes before it.": halt_prob * still_going,
+            "You return the halting probabilities: weigh each by the probability that its pass is reached.": halt_prob,
+            "You return the probability to have stopped by then: that is the cumulative sum of what is asked for.": 1 - still_going,
+            "You return the probability to be still going: multiply it, before each pass, by the halting probability.": still_going,
+            "You return the probability that each pass is reached: multiply it by the halting probability.": reached,
+            "You scale the shares to sum to one: that changes the early passes too. Only the last takes what is left.": share / share.sum(0),
+            "That is a softmax over the passes: halting probabilities are chances to stop, given that a pass is reached.": halt_prob.softmax(0),
+            "You multiply over the tokens: the passes lie on dimension 0.": torch.cat(((halt_prob * across)[:-1], across[-1:])),
+        },
+    )
+    expect_shape(halting_distribution(torch.rand(4, 2, 3)), (4, 2, 3), "The distribution of four passes of 2 × 3 tokens")
+    expect_shape(halting_distribution(torch.rand(4)), (4,), "The distribution of four passes of one token")
+    many = halting_distribution(torch.full((64, 8), 0.0015, dtype=torch.bfloat16))
+    expect(many.dtype == torch.bfloat16, f"bfloat16 came in and {str(many.dtype)[6:]} went out: hand back the dtype that came in.")
+    off = (many.double().sum(0) - 1).abs().max().item()
+    expect(off < 0.02, f"In bfloat16 the shares of 64 passes miss one by {off:.2g}: multiply and add in float32, and round once.")
+    _refuses_bad_shares(halting_distribution, "halt_prob")
+
+
+@checks("exit_pass")
+def exit_pass(exit_pass):
+    halt_prob = torch.tensor([[0.05, 0.4, 0.5], [0.5, 0.4, 0.97], [0.45, 0.4, 0.1], [0.9, 0.4, 0.2], [0.2, 0.4, 0.9]])
+    threshold = 0.9
+    expected = torch.tensor([4, 5, 2])
+    first = lambda holds: holds.int().argmax(0) + 1  # noqa: E731
+    got = exit_pass(halt_prob, threshold)
+    expect_shape(got, (3,), "The exit pass of three tokens")
+    expect(got.dtype == torch.int64, f"A number of passes is an int64, and this is {str(got.dtype)[6:]}.")
+    expect_close(
+        got,
+        expected,
+        "Find the first pass after which the accumulator, 1 − ∏ (1 − halt_prob), is at the threshold.",
+        mistakes={
+            "You count from 0: the first pass is number 1.": expected - 1,
+            "You add the halting probabilities up: pour each into the room that is left, acc + halt_prob · (1 − acc).": first(
+                halt_prob.cumsum(0) >= threshold
+            ),
+            "You look at one pass at a time: the accumulator remembers the passes before.": first(halt_prob >= threshold),
+            "You compare the room that is left: the accumulator is one minus it.": first((1 - halt_prob).cumprod(0) >= threshold),
+            "You count one pass too many: the exit is the pass that reaches the threshold.": expected + 1,
+        },
+    )
+    never = exit_pass(torch.full((6, 1), 0.1), 0.99)
+    expect(
+        never.item() == 6,
+        f"A token that never reaches the threshold leaves after the last pass, 6, and here after {never.item()}: where nothing holds, argmax is 0.",
+    )
+    level = exit_pass(torch.full((6, 1), 0.5), 0.75)
+    expect(level.item() == 2, f"Half, and half of the rest, is 0.75: at the threshold means ≥, and here the exit is {level.item()} instead of 2.")
+    _refuses_bad_shares(exit_pass, "halt_prob")
+    _refuses_bad_thresholds(exit_pass)
+
+
+@checks("act_weights")
+def act_weights(act_weights):
+    ours = reference("halting")
+    halt_prob = torch.tensor([[0.1, 0.3, 0.02], [0.3, 0.3, 0.1], [0.4, 0.5, 0.2], [0.5, 0.2, 0.1], [0.3, 0.6, 0.3]])
+    threshold = 0.9
+    expected = ours.act_weights(halt_prob, threshold)
+    total = halt_prob.cumsum(0)
+    leaves = torch.tensor([4, 3, 5])
+    number = torch.arange(1, 6).view(-1, 1)
+    before, at = number < leaves, number == leaves
+    paid = torch.where(before, halt_prob, 0)
+    expect_close(
+        act_weights(halt_prob, threshold),
+        expected,
+        "Each pass counts what it asks for until the sum is at the threshold; that pass counts the remainder to one, and later ones nothing.",
+        mistakes={
+            "The exit counts what it asks for: it should count the remainder to one, so that the weights sum to one.": torch.where(
+                before | at, halt_prob, 0
+            ),
+            "Passes after the exit should count nothing.": torch.where(at, 1 - paid.sum(0), halt_prob),
+            "You return what was asked for: stop at the threshold, and pay the remainder.": halt_prob,
+            "A token that never reaches the threshold leaves after the last pass, which pays its remainder too.": torch.where(
+                at & (total >= threshold), 1 - paid.sum(0), torch.where(before | at, halt_prob, 0)
+            ),
+            "The remainder is what is missing before the exit: you have counted what the exit asks for as paid.": torch.where(
+                at, (1 - total).clamp(min=0), paid
+            ),
+            "You pay the remainder up to the threshold: the weights should sum to one.": torch.where(at, threshold - paid.sum(0), paid),
+            "That is the halting distribution: ACT takes the numbers as weights, without multiplying by what is left.": ours.halting_distribution(
+                halt_prob
+            ),
+            "You scale the weights to sum to one: only the exit pays the remainder.": torch.where(before | at, halt_prob, 0)
+            / torch.where(before | at, halt_prob, 0).sum(0),
+        },
+    )
+    level = act_weights(torch.full((4, 1), 0.25), 0.5)
+    expect_close(level, torch.tensor([[0.25], [0.75], [0.0], [0.0]]), "A sum that is exactly at the threshold stops: compare with ≥.")
+    _refuses_bad_shares(act_weights, "halt_prob")
+    _refuses_bad_thresholds(act_weights)
+
+
+@checks("ponder_kl")
+def ponder_kl(ponder_kl):
+    distribution, rate = torch.rand(6, 4).softmax(0), 0.3
+    cut = rate * (1 - rate) ** torch.arange(6.0).view(-1, 1)
+    prior = cut / cut.sum()
+    paid = torch.cat((cut[:-1], 1 - cut[:-1].sum(0, keepdim=True)))
+    expected = (distribution * (distribution / prior).log()).sum(0)
+    expect_close(
+        ponder_kl(distribution, rate),
+        expected,
+        "Sum distribution · log(distribution / prior) over the passes, with a prior ∝ (1 − prior_rate) ** (pass − 1) that sums to one.",
+        mistakes={
+            "You measure KL(prior ‖ distribution): the source takes the distribution first.": (prior * (prior / distribution).log()).sum(0),
+            "The prior is not scaled: cut off after the last pass it sums to less than one, so divide by its sum.": (
+                distribution * (distribution / cut).log()
+            ).sum(0),
+            "The last pass of the prior takes all the rest: the prior should be cut off and scaled to one.": (
+                distribution * (distribution / paid).log()
+            ).sum(0),
+            "The sign is turned: a divergence is never negative.": -expected,
+            "That is in bits: use the natural logarithm.": expected / math.log(2),
+            "You take the mean over the passes: a divergence is their sum.": expected / 6,
+            "That is the cross-entropy: subtract the distribution's own entropy, −∑ p log p.": -(distribution * prior.log()).sum(0),
+        },
+    )
+    sure = torch.zeros(4, 1)
+    sure[1] = 1
+    sure.requires_grad_()
+    result = ponder_kl(sure, 0.5)
+    (slope,) = torch.autograd.grad(result.sum(), sure, allow_unused=True)
+    finite = result.isfinite().all() and slope is not None and slope.isfinite().all()
+    expect(bool(finite), "A pass with no share gives nan or infinity, in the value or in its gradient: 0 · log 0 counts as 0, so keep the logarithm finite.")
+    for bad in (0.0, 1.0):
+        expect_raises(ValueError, lambda: ponder_kl(distribution, bad), f"A prior_rate of {bad:g} should raise a ValueError.")
+    expect_raises(ValueError, lambda: ponder_kl(distribution / 2, 0.3), "A distribution that does not sum to one should raise a ValueError.")
