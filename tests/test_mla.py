@@ -1,0 +1,401 @@
+"""mythoslab.mla: shared key heads, the latent and its cache, two ways to attend, and the checks of the notebook."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mythoslab.classroom.checks import check
+from mythoslab.mla import (
+    GroupedQueryAttention,
+    LatentCache,
+    MultiHeadLatentAttention,
+    absorbed_attention,
+    expanded_attention,
+)
+from mythoslab.recurrence import Attention
+
+SMALL = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+seeds = st.integers(0, 999)
+
+
+def small(seed=0, **sizes):
+    torch.manual_seed(seed)
+    attention = MultiHeadLatentAttention(16, 3, **{**SMALL, **sizes})
+    with torch.no_grad():
+        for name, weight in attention.named_parameters():
+            weight.uniform_(0.5, 1.5) if "norm" in name else weight.mul_(2)
+    return attention.requires_grad_(False)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_grouped_queries_are_multi_head_attention_with_repeated_keys(n_kv_heads):
+    torch.manual_seed(0)
+    grouped, whole = GroupedQueryAttention(32, 4, n_kv_heads), Attention(32, 4)
+    repeat = lambda weight: weight.unflatten(0, (n_kv_heads, -1)).repeat_interleave(4 // n_kv_heads, 0).flatten(0, 1)  # noqa: E731
+    with torch.no_grad():
+        parts = grouped.q_proj.weight, repeat(grouped.k_proj.weight), repeat(grouped.v_proj.weight)
+        whole.qkv.weight.copy_(torch.cat(parts))
+        whole.out.weight.copy_(grouped.o_proj.weight)
+    x = torch.randn(2, 7, 32)
+    assert torch.allclose(grouped(x), whole(x), atol=1e-6)
+    key, value = grouped.keys_and_values(x)
+    assert key.shape == value.shape == (2, n_kv_heads, 7, 8)
+
+
+def test_grouped_queries_never_look_ahead():
+    grouped, x = GroupedQueryAttention(16, 4, 2), torch.randn(2, 7, 16)
+    changed = x.clone()
+    changed[:, 4] += 1
+    before, after = grouped(x), grouped(changed)
+    assert torch.equal(before[:, :4], after[:, :4]) and not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+@settings(deadline=None)
+@given(
+    seed=seeds,
+    n_query=st.integers(1, 9),
+    more=st.integers(0, 9),
+    n_heads=st.integers(1, 4),
+    n_nope=st.integers(1, 6),
+    n_rope=st.integers(1, 6),
+    n_value=st.integers(1, 6),
+    rank=st.integers(1, 9),
+)
+def test_absorbed_is_expanded(seed, n_query, more, n_heads, n_nope, n_rope, n_value, rank):
+    torch.manual_seed(seed)
+    query = torch.randn(2, n_heads, n_query, n_nope + n_rope)
+    kept, up = torch.randn(2, n_query + more, rank + n_rope), torch.randn(n_heads, n_nope + n_value, rank)
+    one, other = (attend(query, kept, up, 0.3) for attend in (expanded_attention, absorbed_attention))
+    assert one.shape == other.shape == (2, n_heads, n_query, n_value)
+    assert torch.allclose(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attend", [expanded_attention, absorbed_attention])
+def test_gradients_are_right(attend):
+    torch.manual_seed(0)
+    shapes = (1, 2, 2, 5), (1, 3, 5), (2, 5, 3)
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *tensors: attend(*tensors, 0.4), inputs)
+
+
+@settings(deadline=None)
+@given(
+    seed=seeds, pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5), squeezed=st.booleans(), rank=st.integers(2, 40)
+)
+def test_cached_is_uncached_however_it_is_cut(seed, pieces, squeezed, rank):
+    attention = small(seed, q_lora_rank=12 if squeezed else None, kv_lora_rank=rank)
+    x = torch.randn(2, sum(pieces), 16)
+    cache, results = attention.new_cache(2, sum(pieces)), []
+    for n_new in pieces:
+        results.append(attention(x[:, cache.length : cache.length + n_new], cache))
+        cache.advance(n_new)
+    assert torch.allclose(torch.cat(results, 1), attention(x), atol=1e-5)
+
+
+def test_both_ways_are_taken_and_agree_on_a_long_text():
+    attention = small(kv_lora_rank=10)  # 2 · 10 − 8 − 6 = 6 more products a pair, 10 · 14 to unpack: up to 23 queries
+    assert attention.absorbs(23) and not attention.absorbs(24)
+    x, cache = torch.randn(1, 60, 16), attention.new_cache(1, 60)
+    results = []
+    for n_new in (24, 23, 1, 12):
+        results.append(attention(x[:, cache.length : cache.length + n_new], cache))
+        cache.advance(n_new)
+    assert torch.allclose(torch.cat(results, 1), attention(x), atol=1e-5)
+    wide = small(kv_lora_rank=3)  # a latent so short that absorbing is always cheaper
+    assert wide.absorbs(10**6)
+
+
+def test_a_token_never_hears_of_later_ones_or_of_other_sequences():
+    attention, x = small(), torch.randn(3, 8, 16)
+    changed = x.clone()
+    changed[:, 5] += 1
+    changed[1] += 1
+    before, after = attention(x), attention(changed)
+    assert torch.allclose(before[[0, 2], :5], after[[0, 2], :5], atol=1e-6)
+    assert torch.allclose(attention(x[1:2]), before[1:2], atol=1e-6)
+    assert not torch.allclose(before[0, 5:], after[0, 5:])
+
+
+def test_the_cache_holds_exactly_the_latent_and_the_rotated_key():
+    attention = small()
+    for n_slots in (1, 5):
+        cache = attention.new_cache(3, 7, n_slots=n_slots)
+        assert cache.memory.shape == (n_slots, 3, 7, 10 + 4)
+        assert cache.bytes_per_token == 4 * n_slots * (10 + 4)
+    assert attention.bfloat16().new_cache(1, 1).memory.dtype == torch.bfloat16
+
+
+def test_writing_keeps_the_memory_where_it_is_and_slots_apart():
+    cache = LatentCache(2, 8, 3, n_slots=3)
+    place = cache.memory.data_ptr()
+    written = torch.randn(5, 2, 4, 3)
+    for pass_index in range(5):
+        assert torch.equal(cache.write(written[pass_index], pass_index), written[pass_index])
+    cache.advance(4)
+    assert cache.memory.data_ptr() == place
+    for slot, pass_index in ((0, 0), (1, 1), (2, 4)):  # passes 2, 3 and 4 share the last slot
+        assert torch.equal(cache.memory[slot, :, :4], written[pass_index])
+    assert not cache.memory[:, :, 4:].any()
+    new = torch.randn(2, 1, 3)
+    assert torch.equal(cache.write(new, 7), torch.cat((written[4], new), 1))
+
+
+def test_crop_and_take_go_on_from_what_is_left():
+    attention, x = small(), torch.randn(3, 9, 16)
+    cache = attention.new_cache(3, 9)
+    attention(x, cache)
+    cache.advance(9)
+    cache.crop(4)
+    cache.take([2, 0])
+    assert cache.memory.shape[1] == 2
+    assert torch.allclose(attention(x[[2, 0], 4:], cache), attention(x)[[2, 0], 4:], atol=1e-5)
+
+
+def test_passes_through_slots_of_their_own_are_uncached():
+    attention, x = small(), torch.randn(2, 6, 16)
+
+    def loop(x, cache=None):
+        state = x
+        for pass_index in range(3):
+            state = state + attention(state, cache, pass_index)
+        return state
+
+    whole, cache, results = loop(x), attention.new_cache(2, 6, n_slots=3), []
+    for position in range(6):
+        results.append(loop(x[:, position : position + 1], cache))
+        cache.advance(1)
+    assert torch.allclose(torch.cat(results, 1), whole, atol=1e-4)
+
+
+def cache_of(length=0):
+    cache = LatentCache(2, 6, 3)
+    cache.length = length
+    return cache
+
+
+BAD = [
+    (lambda: small(qk_rope_head_dim=3), "qk_rope_head_dim is 3; it must be even"),
+    (lambda: small(qk_rope_head_dim=0), "qk_rope_head_dim is 0; it must be at least 1"),
+    (lambda: small(kv_lora_rank=0), "kv_lora_rank is 0; it must be at least 1"),
+    (lambda: small(q_lora_rank=0), "q_lora_rank is 0; it must be at least 1"),
+    (lambda: MultiHeadLatentAttention(16, 0, **SMALL), "n_heads is 0; it must be at least 1"),
+    (lambda: GroupedQueryAttention(18, 4, 2), "dim is 18; it must be divisible by n_heads, 4"),
+    (lambda: GroupedQueryAttention(16, 4, 3), "n_kv_heads is 3; it must be a divisor of n_heads, 4"),
+    (lambda: GroupedQueryAttention(12, 4, 2), "the size of a head is 3; it must be even"),
+    (lambda: LatentCache(0, 6, 3), r"\(n_slots, batch_size, max_positions, width\) is \(1, 0, 6, 3\)"),
+    (lambda: cache_of(5).write(torch.zeros(2, 2, 3)), "the number of new positions is 2; it must be at most 1: 5 of 6 are filled"),
+    (lambda: cache_of().write(torch.zeros(1, 2, 3)), r"the shape of new is \(1, 2, 3\); it must be \(2, 2, 3\)"),
+    (lambda: cache_of().write(torch.zeros(2, 2, 4)), r"the shape of new is \(2, 2, 4\); it must be \(2, 2, 3\)"),
+    (lambda: cache_of().write(torch.zeros(2, 2, 3, dtype=torch.float64)), "the dtype and device of new is .*float64"),
+    (lambda: cache_of().write(torch.zeros(2, 2, 3, device="meta")), "the dtype and device of new is .*meta"),
+    (lambda: cache_of().write(torch.zeros(2, 2, 3), -1), "pass_index is -1; it must be at least 0"),
+    (lambda: cache_of().advance(7), "n_positions is 7; it must be from 0 to 6"),
+    (lambda: cache_of(3).crop(4), "length is 4; it must be from 0 to 3"),
+    (lambda: cache_of().take([2]), r"rows is \[2\]; it must be from 0 to 1"),
+    (lambda: small()(torch.zeros(2, 7, 16), small().new_cache(2, 6)), "the number of new positions is 7; it must be at most 6"),
+]
+
+
+@pytest.mark.parametrize("call, sentence", BAD, ids=[sentence.partition(";")[0] for _, sentence in BAD])
+def test_bad_input_is_named(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+@pytest.mark.parametrize("squeezed", [True, False])
+def test_it_runs_on_fake_cuda_without_mixing_devices(squeezed):
+    sizes = {**SMALL, "q_lora_rank": 12 if squeezed else None}
+    with torch.device("meta"):
+        attention, grouped = MultiHeadLatentAttention(16, 3, **sizes), GroupedQueryAttention(16, 4, 2)
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 16, device="cuda")
+        weights = {name: torch.empty(weight.shape, device="cuda") for name, weight in attention.named_parameters()}
+        call = lambda *inputs: torch.func.functional_call(attention, weights, inputs)  # noqa: E731
+        assert call(x).device.type == "cuda"
+        cache = LatentCache(2, 40, 14, n_slots=2, device="cuda")
+        for n_new in (5, 1, 30):
+            assert call(torch.empty(2, n_new, 16, device="cuda"), cache, 1).device.type == "cuda"
+            cache.advance(n_new)
+        cache.take([1])
+        weights = {name: torch.empty(weight.shape, device="cuda") for name, weight in grouped.named_parameters()}
+        assert torch.func.functional_call(grouped, weights, (x,)).device.type == "cuda"
+
+
+def test_it_follows_autocast_and_half_precision():
+    attention, x = small(), torch.randn(2, 6, 16)
+    whole = attention(x)
+    half = attention.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), whole, atol=0.1)
+
+
+# Mistakes that learners make, and a word of the sentence that names each.
+
+
+class InTurn(GroupedQueryAttention):
+    def forward(self, x):
+        key, value = (part.repeat(1, 2, 1, 1) for part in self.keys_and_values(x))
+        return self.finish(x, key, value)
+
+    def finish(self, x, key, value, causal=True):
+        from mythoslab.recurrence import rotary_angles, rotate
+
+        query = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query = rotate(query, rotary_angles(x.shape[1], self.head_dim))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class SeesAhead(InTurn):
+    def forward(self, x):
+        key, value = (part.repeat_interleave(2, 1) for part in self.keys_and_values(x))
+        return self.finish(x, key, value, causal=False)
+
+
+class KeysStand(GroupedQueryAttention):
+    def keys_and_values(self, x):
+        return tuple(proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+
+
+class TurnsValues(GroupedQueryAttention):
+    def keys_and_values(self, x):
+        from mythoslab.recurrence import rotary_angles, rotate
+
+        key, value = super().keys_and_values(x)
+        return key, rotate(value, rotary_angles(x.shape[1], self.head_dim))
+
+
+class AllHeads(GroupedQueryAttention):
+    def __init__(self, dim, n_heads, n_kv_heads):
+        super().__init__(dim, n_heads, n_heads)
+
+
+class AnyGroups(GroupedQueryAttention):
+    def __init__(self, dim, n_heads, n_kv_heads):
+        super().__init__(dim, n_heads, n_kv_heads if n_heads % n_kv_heads == 0 else 1)
+
+
+class MovesOn(LatentCache):
+    def write(self, new, pass_index=0):
+        kept = super().write(new, pass_index)
+        self.length += new.shape[1]
+        return kept
+
+
+class ReturnsNew(LatentCache):
+    def write(self, new, pass_index=0):
+        super().write(new, pass_index)
+        return new
+
+
+class ReturnsAll(LatentCache):
+    def write(self, new, pass_index=0):
+        super().write(new, pass_index)
+        return self.memory[min(pass_index, len(self.memory) - 1)]
+
+
+class OneSlot(LatentCache):
+    def write(self, new, pass_index=0):
+        return super().write(new, 0)
+
+
+class StartsAgain(LatentCache):
+    def write(self, new, pass_index=0):
+        return super().write(new, pass_index % len(self.memory))
+
+
+class AtTheStart(LatentCache):
+    def write(self, new, pass_index=0):
+        length, self.length = self.length, 0
+        super().write(new, pass_index)
+        self.length = length
+        return self.memory[min(pass_index, len(self.memory) - 1)][:, : length + new.shape[1]]
+
+
+class NewMemory(LatentCache):
+    def write(self, new, pass_index=0):
+        self.memory = self.memory.clone()
+        return super().write(new, pass_index)
+
+
+class InTheGraph(LatentCache):
+    def write(self, new, pass_index=0):
+        kept = super().write(new, pass_index)
+        return kept + 0 * new.sum() if new.requires_grad else kept
+
+
+class Rounds(LatentCache):
+    def write(self, new, pass_index=0):
+        return super().write(new.to(self.memory.dtype), pass_index)
+
+
+class Spreads(LatentCache):
+    def write(self, new, pass_index=0):
+        return super().write(new.expand(self.memory.shape[1], -1, -1), pass_index)
+
+
+def written_out(**mistake):
+    def attend(query, kept, up, scale):
+        from mythoslab.classroom.checks.mla import _by_hand
+
+        return _by_hand(query, kept, up, scale, **mistake)
+
+    return attend
+
+
+def latents_out(query, kept, up, scale):
+    n_nope = query.shape[-1] - (kept.shape[-1] - up.shape[-1])
+    return absorbed_attention(query, kept, torch.cat((up[:, :n_nope], torch.eye(up.shape[-1]).expand(len(up), -1, -1)), 1), scale)
+
+
+MISTAKES = [
+    ("GroupedQueryAttention", InTurn, "dealt out in turn"),
+    ("GroupedQueryAttention", SeesAhead, "sees later ones"),
+    ("GroupedQueryAttention", KeysStand, "keys are not rotated"),
+    ("GroupedQueryAttention", TurnsValues, "values are rotated too"),
+    ("GroupedQueryAttention", AllHeads, "2 heads × 4 channels"),
+    ("GroupedQueryAttention", AnyGroups, "should raise a ValueError"),
+    ("LatentCache", MovesOn, "leave it to advance"),
+    ("LatentCache", ReturnsNew, "new positions alone"),
+    ("LatentCache", ReturnsAll, "never filled"),
+    ("LatentCache", OneSlot, "write over each other"),
+    ("LatentCache", StartsAgain, "starts again at slot 0"),
+    ("LatentCache", AtTheStart, "written at the start"),
+    ("LatentCache", NewMemory, "makes new memory"),
+    ("LatentCache", InTheGraph, "detach what you keep"),
+    ("LatentCache", Rounds, "rounded without a word"),
+    ("LatentCache", Spreads, "spread over the batch"),
+    *(
+        (name, written_out(**mistake), cause)
+        for name in ("expanded_attention", "absorbed_attention")
+        for mistake, cause in (
+            (dict(causal=None), "not causal"),
+            (dict(causal="first"), "counts from the first key"),
+            (dict(rope=False), "rotated key is left out"),
+            (dict(swapped=True), "changed places"),
+            (dict(key_scale=1.0), "scale is left out"),
+        )
+    ),
+    ("absorbed_attention", latents_out, "should have the shape"),
+    ("absorbed_attention", lambda *arguments: expanded_attention(*arguments), "on the way"),
+]
+
+
+@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=[f"{name}-{cause}" for name, _, cause in MISTAKES])
+def test_check_names_the_cause(name, wrong, cause, capsys):
+    wrong.__name__ = name
+    handed_back = check(wrong)
+    line = capsys.readouterr().out
+    assert line.startswith(f"{name}: not yet.") and cause in line, line
+    assert handed_back is not wrong
+
+
+PARTS = [GroupedQueryAttention, LatentCache, expanded_attention, absorbed_attention]
+
+
+@pytest.mark.parametrize("right", PARTS, ids=lambda part: part.__name__)
+def test_check_accepts_the_finished_code(right, capsys):
+    assert check(right) is right
+    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
