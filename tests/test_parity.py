@@ -8,6 +8,7 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
 from mythoslab.mla import MultiHeadLatentAttention
+from mythoslab.moe import MixtureOfExperts
 
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 YARN = dict(
@@ -178,3 +179,96 @@ def test_a_published_config_and_its_full_names_are_read():
 def test_what_is_no_published_layer_is_named(config, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         MultiHeadLatentAttention.from_deepseek(config, change(published_layer()))
+
+
+MOE_SHAPES = {
+    "plain": dict(n_routed_experts=6, num_experts_per_tok=2, n_group=1, topk_group=1),
+    "groups": dict(n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2),
+    "one in groups": dict(n_routed_experts=8, num_experts_per_tok=1, n_group=2, topk_group=1),
+    "two shared": dict(n_routed_experts=6, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=2),
+}
+
+
+def their_experts(version, shape, *, norm_topk_prob=True, seed=0):
+    """A layer of experts of transformers with random weights, and its config."""
+    torch.manual_seed(seed)
+    options = {"n_shared_experts": 1, **MOE_SHAPES[shape]}
+    if version == "V2":
+        options["topk_method"] = "group_limited_greedy" if options["n_group"] > 1 else "greedy"
+        make_config, make_experts = DeepseekV2Config, v2.DeepseekV2Moe
+    else:
+        options["norm_topk_prob"] = norm_topk_prob
+        make_config, make_experts = DeepseekV3Config, v3.DeepseekV3MoE
+    config = make_config(
+        hidden_size=32, moe_intermediate_size=16, routed_scaling_factor=2.5, experts_implementation="eager", **options
+    )
+    experts = make_experts(config).eval()
+    with torch.no_grad():
+        for name, weight in experts.named_parameters():
+            weight.normal_(0, weight.shape[-1] ** -0.5)
+        if version == "V3":
+            experts.gate.e_score_correction_bias.normal_(0, 0.2)
+    return config, experts
+
+
+@pytest.mark.parametrize("shape", MOE_SHAPES)
+@pytest.mark.parametrize("version", ["V2", "V3", "V3, not scaled"])
+@pytest.mark.parametrize("n_tokens", [1, 70], ids=["few", "many"])
+def test_experts_give_the_same_outputs_and_gradients(version, shape, n_tokens):
+    version, _, scaled = version.partition(",")
+    config, theirs = their_experts(version, shape, norm_topk_prob=not scaled)
+    ours = MixtureOfExperts.from_deepseek(config, theirs.state_dict()).eval()
+    x = torch.randn(2, n_tokens, 32)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [experts(part) for experts, part in zip((theirs, ours), inputs)]
+    assert torch.allclose(*outputs, **TOLERANCE)
+    weigh = torch.randn_like(x) / n_tokens
+    for output in outputs:
+        (output * weigh).sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, **TOLERANCE)
+    assert torch.allclose(theirs.gate.weight.grad, ours.router.weight.grad, **TOLERANCE)
+    assert torch.allclose(theirs.experts.gate_up_proj.grad, ours.gate_up.grad, **TOLERANCE)
+    assert torch.allclose(theirs.experts.down_proj.grad, ours.down.grad, **TOLERANCE)
+    for part, layer in (("gate", ours.shared.gate), ("up", ours.shared.up), ("down", ours.shared.down)):
+        expected = getattr(theirs.shared_experts, f"{part}_proj").weight.grad
+        assert torch.allclose(expected, layer.weight.grad, **TOLERANCE)
+
+
+@pytest.mark.parametrize("version", ["V2", "V3"])
+def test_experts_go_there_and_back(version):
+    config, theirs = their_experts(version, "groups")
+    first = MixtureOfExperts.from_deepseek(config, theirs.state_dict())
+    with torch.no_grad():
+        for weight in first.parameters():
+            weight.normal_(0, 0.2)
+    published = first.to_deepseek()
+    stacked = {name: weight for name, weight in published.items() if ".0." not in name and not name.startswith("experts.")}
+    numbers = range(config.n_routed_experts)
+    of = lambda part: [published[f"experts.{expert}.{part}_proj.weight"] for expert in numbers]  # noqa: E731
+    stacked["experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(of("gate"), of("up"))])
+    stacked["experts.down_proj"] = torch.stack(of("down"))
+    theirs.load_state_dict(stacked)
+    x = torch.randn(2, 9, 32)
+    with torch.no_grad():
+        assert torch.allclose(theirs(x), first.eval()(x), **TOLERANCE)
+    full_names = {f"model.layers.3.mlp.{name}": weight for name, weight in published.items()}
+    back = MixtureOfExperts.from_deepseek(config.to_dict(), full_names)
+    assert all(torch.equal(weight, back.state_dict()[name]) for name, weight in first.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda weights: {}, "the number of layers with experts in state_dict is 0; it must be 1"),
+        (
+            lambda weights: {f"{layer}.{name}": weight for layer in "ab" for name, weight in weights.items()},
+            "the number of layers with experts in state_dict is 2; it must be 1",
+        ),
+        (lambda weights: {n: w for n, w in weights.items() if n != "gate.weight"}, "state_dict has no gate.weight, which the config needs"),
+        (lambda weights: {**weights, "gate.weight": torch.zeros(3, 3)}, r"what config needs\) is .*router.weight.*\(3, 3\)"),
+    ],
+)
+def test_what_is_no_published_layer_of_experts_is_named(change, sentence):
+    config, theirs = their_experts("V3", "plain")
+    with pytest.raises(ValueError, match=sentence):
+        MixtureOfExperts.from_deepseek(config, change(theirs.state_dict()))

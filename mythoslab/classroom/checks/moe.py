@@ -1,0 +1,182 @@
+"""Checks of 07_moe."""
+
+import torch
+import torch.nn.functional as F
+
+from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+
+
+def _scatter(routing, n_experts):
+    """Shares of all experts, so that the order of the chosen ones does not matter."""
+    return torch.zeros(*routing.experts.shape[:-1], n_experts).scatter(-1, routing.experts, routing.weights)
+
+
+@checks("route")
+def route(route):
+    ours = reference("moe").route
+    logits, bias, none = 2 * torch.randn(40, 8), 0.3 * torch.randn(8), torch.zeros(8)
+    got = route(logits, bias, 3)
+    expect(hasattr(got, "experts") and hasattr(got, "weights") and hasattr(got, "scores"), "Return a Routing: experts, weights and scores.")
+    expect_shape(got.experts, (40, 3), "The chosen experts")
+    expect_shape(got.weights, (40, 3), "The weights")
+    expect(got.experts.dtype == torch.int64, f"Numbers of experts are int64, and these are {str(got.experts.dtype)[6:]}.")
+    scores = logits.sigmoid()
+    choice = scores + bias
+    expect_close(
+        got.scores,
+        scores,
+        "The scores are the sigmoid of the logits, of all experts and without the bias.",
+        mistakes={
+            "The scores handed back have the bias in them: it is for the choice only.": choice,
+            "By default a score is a sigmoid, and these are a softmax.": logits.softmax(-1),
+            "The scores handed back are the logits: take their sigmoid.": logits,
+        },
+    )
+    top = lambda numbers: numbers.topk(3, -1).indices  # noqa: E731
+    weigh = lambda experts, by: (by.gather(-1, experts) / by.gather(-1, experts).sum(-1, keepdim=True))  # noqa: E731
+    spread = lambda experts, weights: torch.zeros(40, 8).scatter(-1, experts, weights)  # noqa: E731
+    right = top(choice)
+    expect_close(
+        _scatter(got, 8),
+        spread(right, weigh(right, scores)),
+        "Choose by score plus bias, weigh the chosen by their scores, scaled to sum to one.",
+        mistakes={
+            "The bias is in the weights: it decides who is chosen, and how much they count is for the scores alone.": spread(right, weigh(right, choice)),
+            "The bias is left out of the choice.": spread(top(scores), weigh(top(scores), scores)),
+            "The weights are not scaled: divide the chosen scores by their sum.": spread(right, scores.gather(-1, right)),
+            "The weights are scaled by the scores of all experts: divide by the sum of the chosen ones.": spread(
+                right, scores.gather(-1, right) / scores.sum(-1, keepdim=True)
+            ),
+            "The bias is subtracted: add it.": spread(top(scores - bias), weigh(top(scores - bias), scores)),
+            "That takes the softmax of the chosen scores: divide them by their sum.": spread(right, scores.gather(-1, right).softmax(-1)),
+            "You choose the lowest scores.": spread(top(-choice), weigh(top(-choice), scores)),
+        },
+    )
+    plain = dict(norm_topk_prob=False)
+    expect_close(_scatter(route(logits, none, 3, **plain), 8), _scatter(ours(logits, none, 3, **plain), 8), "With norm_topk_prob=False the scores are the weights.")
+    scaled = dict(routed_scaling_factor=2.5)
+    expect_close(
+        _scatter(route(logits, none, 3, **scaled), 8),
+        2.5 * _scatter(ours(logits, none, 3), 8),
+        "routed_scaling_factor multiplies the weights after they are scaled to sum to one.",
+        mistakes={"The routed_scaling_factor has no effect.": _scatter(ours(logits, none, 3), 8)},
+    )
+    soft = dict(scoring_func="softmax", norm_topk_prob=False)
+    expect_close(_scatter(route(logits, none, 3, **soft), 8), _scatter(ours(logits, none, 3, **soft), 8), "With scoring_func='softmax' the scores are a softmax over all experts.")
+    groups = dict(n_group=4, topk_group=2)
+
+    def by_groups(count):
+        in_groups = choice.unflatten(-1, (4, 2))
+        best = count(in_groups).topk(2, -1).indices
+        opened = torch.zeros(40, 4).scatter(-1, best, 1.0).bool().unsqueeze(-1)
+        chosen = top(in_groups.masked_fill(~opened, float("-inf")).flatten(-2))
+        return spread(chosen, weigh(chosen, scores))
+
+    expect_close(
+        _scatter(route(logits, bias, 3, **groups), 8),
+        by_groups(lambda g: g.sum(-1)),
+        "A token may use the topk_group groups whose two best experts have the largest sum of score plus bias.",
+        mistakes={
+            "The groups are left out: a token may use only topk_group of them.": spread(right, weigh(right, scores)),
+            "A group counts by its single best expert: with sigmoid scores take the sum of the two best.": by_groups(lambda g: g.amax(-1)),
+        },
+    )
+
+
+@checks("sort_and_group")
+def sort_and_group(sort_and_group):
+    ours = reference("moe")
+    x, gate_up, down = torch.randn(30, 8), torch.randn(6, 12, 8) / 2, torch.randn(6, 8, 6) / 2
+    routing = ours.route(torch.randn(30, 6), torch.tensor([9.0, 0, 0, 0, 0, -9.0]), 2)  # one serves all, one nobody
+    got = sort_and_group(x, routing, gate_up, down)
+    expect_shape(got, (30, 8), "The output")
+
+    def by_hand(weights, tokens=None, swapped=False, silu=F.silu):
+        out = torch.zeros(30, 8)
+        for token in range(30):
+            for choice in range(2):
+                expert = routing.experts[token, choice]
+                gate, up = (gate_up[expert] @ x[token]).chunk(2)
+                gate, up = (up, gate) if swapped else (gate, up)
+                out[token if tokens is None else tokens[2 * token + choice]] += weights[token, choice] * (down[expert] @ (silu(gate) * up))
+        return out
+
+    order = routing.experts.flatten().argsort(stable=True)
+    ones = torch.ones_like(routing.weights)
+    expect_close(
+        got,
+        by_hand(routing.weights),
+        "The output of a token is the weighted sum of its experts: check that rows, answers and weights are in one order.",
+        mistakes={
+            "The weights are left out: multiply each answer by its share.": by_hand(ones),
+            "The weights follow the sorted order, and the answers that of the tokens: bring both into one.": by_hand(
+                routing.weights.flatten()[order].view(30, 2)
+            ),
+            "Gate and up have changed places: SiLU goes on the first half.": by_hand(routing.weights, swapped=True),
+            "SiLU is left out: the gate is linear.": by_hand(routing.weights, silu=lambda gate: gate),
+            "The answers are not put back in the order of the tokens.": by_hand(routing.weights, order.argsort() // 2),
+            "The mean is taken over a token's experts: take the weighted sum.": by_hand(routing.weights) / 2,
+        },
+        atol=1e-4,
+    )
+    inputs = [part.clone().requires_grad_() for part in (x, gate_up, down)]
+    sort_and_group(inputs[0], routing, *inputs[1:]).sum().backward()
+    learned = inputs[1].grad is not None and bool(inputs[1].grad[0].any()) and not inputs[1].grad[5].any()
+    expect(learned, "The gradient does not reach the experts that served, and only them.")
+
+
+@checks("balance_bias")
+def balance_bias(balance_bias):
+    bias, load = torch.tensor([0.1, -0.2, 0.0, 0.3]), torch.tensor([10.0, 2.0, 4.0, 4.0])
+    kept = bias.clone()
+    got = balance_bias(bias, load, 0.01)
+    expect(torch.equal(bias, kept), "The bias that was given has changed: hand back a new one.")
+    step = 0.01 * torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    expect_close(
+        got,
+        bias + step,
+        "Lower the bias by the rate where the load is above its mean, and raise it by the rate where it is below.",
+        mistakes={
+            "The sign is turned: the busiest expert would become busier.": bias - step,
+            "The step grows with the load: take its sign only, so that one wild batch does no harm.": bias + 0.01 * (load.mean() - load),
+            "The step grows with the relative load: take its sign only.": bias + 0.01 * (1 - load / load.mean()),
+            "The old bias is lost: add to it.": step,
+            "The load is compared with its median: take the mean.": bias + 0.01 * (load.median() - load).sign(),
+            "The rate is left out.": bias + step / 0.01,
+            "Only the busy experts move: raise those with less than the mean too.": bias + step.clamp(max=0),
+        },
+    )
+    expect_close(balance_bias(bias, torch.ones(4), 0.01), bias, "A level load leaves the bias as it is.")
+    expect_raises(ValueError, lambda: balance_bias(bias, load, -0.1), "A negative rate should raise a ValueError.")
+
+
+@checks("sequence_balance_loss")
+def sequence_balance_loss(sequence_balance_loss):
+    ours = reference("moe")
+    routing = ours.route(torch.randn(3, 12, 6) + torch.randn(3, 1, 6), torch.zeros(6), 2)
+    got = sequence_balance_loss(routing)
+    expect_shape(got, (), "The loss, one number,")
+    chosen = torch.zeros(3, 12, 6).scatter(-1, routing.experts, 1.0)
+    share = routing.scores / routing.scores.sum(-1, keepdim=True)
+    load = chosen.mean(1)
+    expect_close(
+        got,
+        (load * 3 * share.mean(1)).sum(-1).mean(),
+        "Sum relative load × mean share over the experts, in each sequence, and take the mean over sequences.",
+        mistakes={
+            "Loads are taken over the whole batch: one sequence may make up for another there, so count each by itself.": (
+                load.mean(0) * 3 * share.mean((0, 1))
+            ).sum(),
+            "The load is not relative: multiply by the number of experts over the number of choices, so that one is a fair share.": (
+                load * share.mean(1)
+            ).sum(-1).mean(),
+            "The scores are not scaled: divide each token's scores by their sum.": (load * 3 * routing.scores.mean(1)).sum(-1).mean(),
+            "The product is taken for each token before the mean: take the means of load and share first.": (chosen * 3 * share).sum(-1).mean(),
+            "You take the mean over the experts: sum over them.": (load * 3 * share.mean(1)).mean(),
+            "Loads count the tokens: take their share of the sequence.": (chosen.sum(1) * 3 * share.mean(1)).sum(-1).mean(),
+            "The load is multiplied by the number of experts only: divide by the choices too.": (load * 6 * share.mean(1)).sum(-1).mean(),
+        },
+    )
+    logits = torch.randn(2, 5, 6, requires_grad=True)
+    sequence_balance_loss(ours.route(logits, torch.zeros(6), 2)).backward()
+    expect(logits.grad is not None and bool(logits.grad.any()), "No gradient reaches the router: it goes through the scores.")

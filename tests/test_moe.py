@@ -1,0 +1,344 @@
+"""mythoslab.moe: the router, three ways to run experts, balance, and the checks of the notebook that builds them."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mythoslab.classroom.checks import check
+from mythoslab.moe import (
+    FEW_WEIGHTS,
+    MixtureOfExperts,
+    Routing,
+    balance_bias,
+    gather_experts,
+    loop_over_experts,
+    route,
+    sequence_balance_loss,
+    sort_and_group,
+)
+
+WAYS = [loop_over_experts, sort_and_group, gather_experts]
+seeds = st.integers(0, 999)
+
+
+def experts(seed=0, **options):
+    torch.manual_seed(seed)
+    sizes = dict(n_routed_experts=6, n_experts_per_token=2, n_shared_experts=1)
+    return MixtureOfExperts(8, 5, **{**sizes, **options})
+
+
+@given(seed=seeds, n_experts=st.integers(1, 12), data=st.data())
+def test_the_bias_chooses_and_never_weighs(seed, n_experts, data):
+    n_chosen = data.draw(st.integers(1, n_experts))
+    torch.manual_seed(seed)
+    logits, bias = torch.randn(20, n_experts), torch.randn(n_experts)
+    routing = route(logits, bias, n_chosen)
+    for token in range(20):
+        chosen = routing.experts[token].tolist()
+        assert len(set(chosen)) == n_chosen
+        choice = logits[token].sigmoid() + bias
+        assert min(choice[chosen]) >= max([c for e, c in enumerate(choice) if e not in chosen], default=torch.tensor(-torch.inf))
+        scores = logits[token].sigmoid()[chosen]
+        assert torch.allclose(routing.weights[token], scores / scores.sum())
+
+
+@given(seed=seeds, scoring_func=st.sampled_from(["sigmoid", "softmax"]), topk_group=st.integers(1, 3))
+def test_a_token_uses_its_best_groups_only(seed, scoring_func, topk_group):
+    torch.manual_seed(seed)
+    logits, bias = torch.randn(20, 12), 0.2 * torch.randn(12)
+    routing = route(logits, bias, 3, scoring_func=scoring_func, n_group=4, topk_group=topk_group)
+    scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(-1)
+    for token in range(20):
+        groups = (scores[token] + bias).view(4, 3)
+        by_best = groups.sort(descending=True).values[:, : 2 if scoring_func == "sigmoid" else 1].sum(-1)
+        allowed = by_best.topk(topk_group).indices.tolist()
+        assert {expert // 3 for expert in routing.experts[token].tolist()} <= set(allowed)
+
+
+@settings(deadline=None)
+@given(
+    seed=seeds,
+    n_tokens=st.integers(1, 30),
+    n_experts=st.integers(1, 9),
+    dim=st.integers(1, 9),
+    expert_dim=st.integers(1, 9),
+    skew=st.floats(0.0, 9.0),
+    data=st.data(),
+)
+def test_three_ways_one_result_however_uneven_the_load(seed, n_tokens, n_experts, dim, expert_dim, skew, data):
+    n_chosen = data.draw(st.integers(1, n_experts))
+    torch.manual_seed(seed)
+    x, gate_up, down = torch.randn(n_tokens, dim), torch.randn(n_experts, 2 * expert_dim, dim), torch.randn(n_experts, dim, expert_dim)
+    routing = route(torch.randn(n_tokens, n_experts), skew * torch.randn(n_experts), n_chosen)
+    results = [way(x, routing, gate_up, down) for way in WAYS]
+    for result in results[1:]:
+        assert torch.allclose(result, results[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_gradients_are_right(way):
+    torch.manual_seed(0)
+    x, gate_up, down = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3), (3, 4, 3), (3, 3, 2)))
+    logits, bias = torch.randn(4, 3, dtype=torch.float64), torch.zeros(3)
+
+    def forward(x, logits, gate_up, down):
+        return way(x, route(logits, bias, 2), gate_up, down)
+
+    inputs = [part.requires_grad_() for part in (x, logits, gate_up, down)]
+    assert torch.autograd.gradcheck(forward, inputs)
+
+
+def test_the_grouped_product_has_the_gradients_of_the_loop():
+    torch.manual_seed(0)
+    parts = [torch.randn(*shape) for shape in ((30, 8), (30, 6), (6, 8, 8), (6, 8, 4))]
+    inputs = [[part.clone().requires_grad_() for part in parts] for _ in range(2)]
+    for (x, logits, gate_up, down), run in zip(inputs, (sort_and_group, loop_over_experts)):
+        run(x, route(logits, torch.tensor([9.0, 0, 0, 0, 0, -9.0]), 2), gate_up, down).square().sum().backward()
+    for one, other in zip(*inputs):
+        assert torch.allclose(one.grad, other.grad, atol=1e-4)
+
+
+@given(seed=seeds)
+def test_a_token_does_not_depend_on_the_rest_of_the_batch(seed):
+    part = experts(seed).eval()
+    x = torch.randn(3, 7, 8)
+    together = part(x)
+    assert torch.allclose(part(x[1:2]), together[1:2], atol=1e-5)
+    assert torch.allclose(part(x[:, 3:4]), together[:, 3:4], atol=1e-5)
+
+
+def test_both_ways_are_taken_by_the_rule_and_agree(monkeypatch):
+    taken = []
+    for way in (sort_and_group, gather_experts):
+        monkeypatch.setattr(f"mythoslab.moe.{way.__name__}", lambda *inputs, way=way: taken.append(way) or way(*inputs))
+    torch.manual_seed(0)
+    part = MixtureOfExperts(32, 64, n_routed_experts=4, n_experts_per_token=2).eval()
+    per_token = 2 * 3 * 32 * 64
+    most = FEW_WEIGHTS // per_token
+    x = torch.randn(1, most + 1, 32)
+    longer, shorter = part(x), part(x[:, :most])
+    assert taken == [sort_and_group, gather_experts]
+    assert torch.allclose(longer[:, :most], shorter, atol=1e-5)
+
+
+def test_shared_experts_serve_every_token():
+    part = experts().eval()
+    x = torch.randn(2, 4, 8)
+    with_them, shared = part(x), part.shared(x)
+    part.shared = None
+    assert torch.allclose(with_them, part(x) + shared, atol=1e-6)
+    assert experts(n_shared_experts=0).shared is None
+    assert experts(n_shared_experts=3).shared.gate.weight.shape == (15, 8)
+
+
+def test_load_is_counted_by_pass_in_training_only():
+    part = experts(n_passes=3)
+    x = torch.randn(2, 4, 8)
+    for pass_index in (0, 1, 2, 3):  # pass 3 counts with the last
+        part(x, pass_index)
+    assert part.load_by_pass.sum(1).tolist() == [16, 16, 32]
+    assert part.load.sum() == 64
+    counted = F.one_hot(part.route(x.flatten(0, 1)).experts, 6).sum((0, 1)).float()
+    assert torch.equal(part.load_by_pass[0], counted)
+    part.eval()(x)
+    assert part.load.sum() == 64
+
+
+def test_updating_the_bias_levels_the_load():
+    part = experts(n_shared_experts=0)
+    with torch.no_grad():
+        part.router.weight[0] += 0.5  # a favourite
+    x = 1 + torch.randn(8, 32, 8)
+    violations = []
+    for _ in range(150):
+        part(x)
+        violations.append((part.load.max() / part.load.mean() - 1).item())
+        part.update_bias(0.01)
+        assert not part.load.any()
+    assert violations[0] > 0.5 and violations[-1] < violations[0] / 3
+    assert part.bias[0] == part.bias.min()
+
+
+def test_the_bias_gets_no_gradient_and_is_saved():
+    part = experts()
+    part.update_bias(0.5)
+    assert "bias" in part.state_dict() and "load_by_pass" not in part.state_dict()
+    assert "bias" not in dict(part.named_parameters())
+    part(torch.randn(2, 4, 8)).sum().backward()
+    assert part.router.weight.grad.any() and part.gate_up.grad.any() and part.down.grad.any()
+
+
+@given(seed=seeds, n_experts=st.integers(2, 8), data=st.data())
+def test_sequence_loss_is_one_when_level_and_that_of_a_plain_computation(seed, n_experts, data):
+    n_chosen = data.draw(st.integers(1, n_experts))
+    torch.manual_seed(seed)
+    routing = route(torch.randn(2, 6, n_experts), torch.zeros(n_experts), n_chosen)
+    total = 0.0
+    for sequence in range(2):
+        for expert in range(n_experts):
+            load = sum(expert in chosen for chosen in routing.experts[sequence].tolist()) * n_experts / (n_chosen * 6)
+            share = sum(scores[expert] / sum(scores) for scores in routing.scores[sequence].tolist()) / 6
+            total += load * share / 2
+    assert sequence_balance_loss(routing).item() == pytest.approx(total, rel=1e-4)
+    level = Routing(torch.arange(n_experts).view(1, n_experts, 1), torch.ones(1, n_experts, 1), torch.ones(1, n_experts, n_experts))
+    assert sequence_balance_loss(level).item() == pytest.approx(1.0)
+
+
+BAD = [
+    (dict(n_experts_per_token=7), "n_experts_per_token is 7; it must be from 1 to 6, the experts in reach"),
+    (dict(n_experts_per_token=0), "n_experts_per_token is 0"),
+    (dict(n_group=4), "n_group is 4; it must be a divisor of n_routed_experts, 6"),
+    (dict(n_group=3, topk_group=4), "topk_group is 4; it must be from 1 to n_group, 3"),
+    (dict(n_group=3, topk_group=1, n_experts_per_token=3), "n_experts_per_token is 3; it must be from 1 to 2"),
+    (dict(scoring_func="tanh"), "scoring_func is 'tanh'; it must be 'sigmoid' or 'softmax'"),
+    (dict(n_routed_experts=0), "n_routed_experts is 0; it must be at least 1"),
+    (dict(n_shared_experts=-1), "n_shared_experts is -1; it must be at least 0"),
+    (dict(n_passes=0), "n_passes is 0; it must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("options, sentence", BAD, ids=[sentence.partition(";")[0] for _, sentence in BAD])
+def test_bad_sizes_are_named(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        experts(**options)
+
+
+def test_other_bad_input_is_named():
+    with pytest.raises(ValueError, match="pass_index is -1; it must be at least 0"):
+        experts()(torch.zeros(1, 1, 8), -1)
+    with pytest.raises(ValueError, match="the last size of x is 7; it must be dim, 8"):
+        experts()(torch.zeros(1, 1, 7))
+    with pytest.raises(ValueError, match="the dtype and device of x is .*float64"):
+        experts()(torch.zeros(1, 1, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="rate is -1; it must be at least 0"):
+        balance_bias(torch.zeros(2), torch.zeros(2), -1)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4000])
+def test_it_runs_on_fake_cuda_without_mixing_devices(n_tokens):
+    with torch.device("meta"):
+        part = MixtureOfExperts(8, 8, n_routed_experts=8, n_experts_per_token=2, n_group=4, topk_group=2)
+    part.eval()
+    with FakeTensorMode():
+        state = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+        on_cuda = {name: torch.empty(weight.shape, dtype=torch.bfloat16 if name != "bias" else None, device="cuda") for name, weight in state.items()}
+        x = torch.empty(1, n_tokens, 8, dtype=torch.bfloat16, device="cuda")
+        out = torch.func.functional_call(part, on_cuda, (x,))
+    assert out.device.type == "cuda" and out.shape == x.shape
+
+
+# Mistakes that learners make, and a word of the sentence that names each.
+
+
+def changed(change):
+    def wrong(logits, bias, n_experts_per_token, **options):
+        return change(logits, bias, n_experts_per_token, options, route(logits, bias, n_experts_per_token, **options))
+
+    return wrong
+
+
+def again(routing, bias, experts=None, weights=None):
+    experts = routing.experts if experts is None else experts
+    weights = routing.scores.gather(-1, experts) if weights is None else weights
+    return Routing(experts, weights / weights.sum(-1, keepdim=True), routing.scores)
+
+
+ROUTERS = {
+    "in the weights": lambda l, b, k, o, r: again(r, b, weights=(r.scores + b).gather(-1, r.experts)),
+    "left out of the choice": lambda l, b, k, o, r: route(l, torch.zeros_like(b), k, **o),
+    "not scaled": lambda l, b, k, o, r: r._replace(weights=r.scores.gather(-1, r.experts)),
+    "scores of all experts": lambda l, b, k, o, r: r._replace(weights=r.scores.gather(-1, r.experts) / r.scores.sum(-1, keepdim=True)),
+    "is subtracted": lambda l, b, k, o, r: route(l, -b, k, **o),
+    "softmax of the chosen": lambda l, b, k, o, r: r._replace(weights=r.scores.gather(-1, r.experts).softmax(-1)),
+    "these are a softmax": lambda l, b, k, o, r: route(l, b, k, **{**o, "scoring_func": "softmax"}),
+    "have the bias in them": lambda l, b, k, o, r: r._replace(scores=r.scores + b),
+    "has no effect": lambda l, b, k, o, r: route(l, b, k, **{**o, "routed_scaling_factor": 1.0}),
+    "groups are left out": lambda l, b, k, o, r: route(l, b, k, **{**o, "n_group": 1, "topk_group": 1}),
+}
+
+
+def sorted_wrongly(*, weigh=True, weights_in_order=False, swapped=False, silu=True, put_back=True):
+    def wrong(x, routing, gate_up, down):
+        n_choices, pairs = routing.experts.shape[1], routing.experts.flatten()
+        order = pairs.argsort(stable=True)
+        gate, up = torch.einsum("pod,pd->po", gate_up[pairs], x.repeat_interleave(n_choices, 0)).chunk(2, -1)
+        gate, up = (up, gate) if swapped else (gate, up)
+        answers = torch.einsum("pdo,po->pd", down[pairs], (F.silu(gate) if silu else gate) * up)
+        answers = (answers if put_back else answers[order]).view(len(x), n_choices, -1)
+        weights = routing.weights if weigh else torch.ones_like(routing.weights)
+        if not put_back:
+            weights = weights.flatten()[order].view(weights.shape)
+        if weights_in_order:
+            weights = weights.flatten()[order].view(weights.shape)
+        return (weights.unsqueeze(1) @ answers).squeeze(1)
+
+    return wrong
+
+
+def not_learned(x, routing, gate_up, down):
+    return inspect.unwrap(sort_and_group)(x, routing, gate_up.detach(), down)
+
+
+BIASES = {
+    "sign is turned": lambda bias, load, rate: 2 * bias - balance_bias(bias, load, rate),
+    "grows with the load": lambda bias, load, rate: bias + rate * (load.mean() - load),
+    "relative load": lambda bias, load, rate: bias + rate * (1 - load / load.mean()),
+    "old bias is lost": lambda bias, load, rate: balance_bias(torch.zeros_like(bias), load, rate),
+    "has changed": lambda bias, load, rate: bias.copy_(balance_bias(bias, load, rate)),
+    "rate is left out": lambda bias, load, rate: balance_bias(bias, load, 1.0),
+    "negative rate": lambda bias, load, rate: bias + rate * (load.mean() - load).sign(),
+}
+
+
+def loss_with(*, over=1, relative=True, scaled=True, mean_first=True, total=True):
+    def wrong(routing):
+        chosen = torch.zeros_like(routing.scores).scatter(-1, routing.experts, 1.0)
+        share = routing.scores / routing.scores.sum(-1, keepdim=True) if scaled else routing.scores
+        factor = share.shape[-1] / routing.experts.shape[-1] if relative else 1.0
+        if not mean_first:
+            return (chosen * factor * share).sum(-1).mean()
+        product = chosen.mean(over) * factor * share.mean(over)
+        return (product.sum(-1) if total else product).mean()
+
+    return wrong
+
+
+MISTAKES = [
+    *(("route", changed(change), cause) for cause, change in ROUTERS.items()),
+    ("sort_and_group", sorted_wrongly(weigh=False), "weights are left out"),
+    ("sort_and_group", sorted_wrongly(weights_in_order=True), "follow the sorted order"),
+    ("sort_and_group", sorted_wrongly(swapped=True), "changed places"),
+    ("sort_and_group", sorted_wrongly(silu=False), "SiLU is left out"),
+    ("sort_and_group", sorted_wrongly(put_back=False), "not put back"),
+    ("sort_and_group", not_learned, "gradient does not reach"),
+    *(("balance_bias", lambda bias, load, rate, f=f: f(bias, load, rate), cause) for cause, f in BIASES.items()),
+    ("sequence_balance_loss", loss_with(over=(0, 1)), "over the whole batch"),
+    ("sequence_balance_loss", loss_with(relative=False), "not relative"),
+    ("sequence_balance_loss", loss_with(scaled=False), "scores are not scaled"),
+    ("sequence_balance_loss", loss_with(mean_first=False), "for each token before the mean"),
+    ("sequence_balance_loss", loss_with(total=False), "mean over the experts"),
+]
+
+
+@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=[f"{name}-{cause}" for name, _, cause in MISTAKES])
+def test_check_names_the_cause(name, wrong, cause, capsys):
+    wrong.__name__ = name
+    handed_back = check(wrong)
+    line = capsys.readouterr().out
+    assert line.startswith(f"{name}: not yet.") and cause in line, line
+    assert handed_back is not wrong
+
+
+# The checks hand over the reference's own Routing, which the shape checks of these tests take for another class.
+PARTS = [route, inspect.unwrap(sort_and_group), balance_bias, inspect.unwrap(sequence_balance_loss)]
+
+
+@pytest.mark.parametrize("right", PARTS, ids=lambda part: part.__name__)
+def test_check_accepts_the_finished_code(right, capsys):
+    assert check(right) is right
+    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
