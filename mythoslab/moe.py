@@ -193,6 +193,8 @@ class MixtureOfExperts(nn.Module):
         n_shared_experts: Experts that serve every token; zero for none.
         scoring_func, n_group, topk_group, norm_topk_prob, routed_scaling_factor: As for :func:`route`.
         n_passes: Passes whose load is counted apart; later ones count with the last.
+        sequence_balance: Factor of :func:`sequence_balance_loss`, which training finds in ``balance_loss``, summed over
+            passes since the last :meth:`update_bias`; the source uses 0.0001, zero leaves it out.
 
     Shape:
         x (batch, position, dim), pass_index counted from 0 → (batch, position, dim)
@@ -218,8 +220,10 @@ class MixtureOfExperts(nn.Module):
         norm_topk_prob: bool = True,
         routed_scaling_factor: float = 1.0,
         n_passes: int = 1,
+        sequence_balance: float = 0.0,
     ):
         super().__init__()
+        require(sequence_balance >= 0, "sequence_balance", sequence_balance, "at least 0")
         sizes = dict(dim=dim, expert_dim=expert_dim, n_routed_experts=n_routed_experts, n_group=n_group, n_passes=n_passes)
         for name, size in sizes.items():
             require(size >= 1, name, size, "at least 1")
@@ -236,7 +240,8 @@ class MixtureOfExperts(nn.Module):
             norm_topk_prob=norm_topk_prob,
             routed_scaling_factor=routed_scaling_factor,
         )
-        self.n_experts_per_token = n_experts_per_token
+        self.n_experts_per_token, self.sequence_balance = n_experts_per_token, sequence_balance
+        self.balance_loss: Tensor | float = 0.0
         self.router = nn.Linear(dim, n_routed_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(n_routed_experts, 2 * expert_dim, dim))
         self.down = nn.Parameter(torch.empty(n_routed_experts, dim, expert_dim))
@@ -253,9 +258,13 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, rate: float = 0.001) -> None:
-        """Lower the bias of experts with more than their share of the load, raise that of the others, and count anew."""
+        """After a step: lower the bias of experts with more than their share of the load, raise that of the others.
+
+        Load and ``balance_loss`` start anew.
+        """
         self.bias.copy_(balance_bias(self.bias, self.load, rate))
         self.load_by_pass.zero_()
+        self.balance_loss = 0.0
 
     def route(self, x: Float[Tensor, "*token dim"]) -> Routing:
         """Experts and weights for every token; scores in float32 at least."""
@@ -272,16 +281,22 @@ class MixtureOfExperts(nn.Module):
         mine, theirs = (self.down.dtype, self.down.device), (x.dtype, x.device)
         known = mine == theirs or torch.is_autocast_enabled(x.device.type)
         require(known, "the dtype and device of x", theirs, f"those of the experts, {mine}")
-        tokens = x.flatten(0, 1)  # (token, dim)
-        routing = self.route(tokens)
+        routing = self.route(x)
         if self.training:
-            with torch.no_grad():
-                row = self.load_by_pass.select(0, min(pass_index, len(self.load_by_pass) - 1))
-                row.scatter_add_(0, routing.experts.flatten(), torch.ones_like(routing.experts.flatten(), dtype=row.dtype))
+            self._count(routing, pass_index)
+        routing = Routing(*(part.flatten(0, 1) for part in routing))  # of (token,) in place of (batch, position)
         n_weights = routing.experts.numel() * (self.gate_up.stride(0) + self.down.stride(0))  # to copy, if gathered
         run = gather_experts if n_weights <= FEW_WEIGHTS else sort_and_group
-        answer = run(tokens, routing, self.gate_up, self.down).view_as(x)
+        answer = run(x.flatten(0, 1), routing, self.gate_up, self.down).view_as(x)
         return answer if self.shared is None else answer + self.shared(x)
+
+    def _count(self, routing: Routing, pass_index: int) -> None:
+        with torch.no_grad():
+            served = routing.experts.flatten()
+            row = self.load_by_pass.select(0, min(pass_index, len(self.load_by_pass) - 1))
+            row.scatter_add_(0, served, torch.ones_like(served, dtype=row.dtype))
+        if self.sequence_balance > 0:
+            self.balance_loss = self.balance_loss + self.sequence_balance * sequence_balance_loss(routing)
 
     @classmethod
     def from_deepseek(cls, config: object, state_dict: Mapping[str, Tensor]) -> "MixtureOfExperts":

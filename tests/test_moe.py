@@ -149,6 +149,22 @@ def test_load_is_counted_by_pass_in_training_only():
     assert part.load.sum() == 64
 
 
+def test_the_sequence_loss_is_there_in_training_when_asked_for():
+    part, x = experts(sequence_balance=0.1), torch.randn(2, 4, 8)
+    part(x, 0)
+    part(x, 1)
+    assert part.balance_loss.item() == pytest.approx(2 * 0.1 * sequence_balance_loss(part.route(x)).item())
+    part.balance_loss.backward()
+    assert part.router.weight.grad.any() and part.gate_up.grad is None
+    part.update_bias(0.01)
+    assert part.balance_loss == 0.0
+    part.eval()(x)
+    assert part.balance_loss == 0.0
+    plain = experts()
+    plain(x)
+    assert plain.balance_loss == 0.0
+
+
 def test_updating_the_bias_levels_the_load():
     part = experts(n_shared_experts=0)
     with torch.no_grad():
@@ -199,6 +215,7 @@ BAD = [
     (dict(n_routed_experts=0), "n_routed_experts is 0; it must be at least 1"),
     (dict(n_shared_experts=-1), "n_shared_experts is -1; it must be at least 0"),
     (dict(n_passes=0), "n_passes is 0; it must be at least 1"),
+    (dict(sequence_balance=-1.0), "sequence_balance is -1.0; it must be at least 0"),
 ]
 
 
