@@ -276,7 +276,7 @@ class HaltingHead(nn.Module):
         states (..., dim) → halting probabilities (...)
 
     Raises:
-        ValueError: ``dim`` is below one.
+        ValueError: ``dim`` is below one, or the states have another number of channels.
 
     Source: Graves 2016, section 2, with a norm, since states of a loop may grow.
     """
@@ -290,4 +290,6 @@ class HaltingHead(nn.Module):
         nn.init.zeros_(self.halt.bias)
 
     def forward(self, states: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
+        dim = self.halt.in_features
+        require(states.shape[-1] == dim, "the last size of states", states.shape[-1], f"dim, {dim}")
         return self.halt(self.norm(states)).squeeze(-1).sigmoid()

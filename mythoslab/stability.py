@@ -52,7 +52,7 @@ class LTIInjection(nn.Module):
         state, inputs: (..., dim) → (..., dim)
 
     Raises:
-        ValueError: ``dim`` is below one, or ``state`` and ``inputs`` differ in shape.
+        ValueError: ``dim`` is below one, ``state`` and ``inputs`` differ in shape, or have another number of channels.
 
     Source: Prairie et al. 2026 (Parcae); zero-order hold, Gu & Dao 2023 (Mamba), eq. 4.
     """
@@ -78,6 +78,8 @@ class LTIInjection(nn.Module):
         if state.shape != inputs.shape:
             shapes = f"{tuple(state.shape)} and {tuple(inputs.shape)}"
             raise ValueError(f"state and inputs must have one shape, got {shapes}")
+        if state.shape[-1] != len(self.log_rate):
+            raise ValueError(f"state and inputs must have {len(self.log_rate)} channels, got {state.shape[-1]}")
         decay = self.decay()
         return decay * state + (1 - decay) * self.inputs(inputs)
 

@@ -262,6 +262,8 @@ def test_other_bad_input_is_named():
         converge(torch.zeros(0, 1, 3))
     with pytest.raises(ValueError, match="dim is 0; it must be at least 1"):
         HaltingHead(0)
+    with pytest.raises(ValueError, match="the last size of states is 5; it must be dim, 4"):
+        HaltingHead(4)(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"the shape of weights is \(3, 2\); it must be that of loss, \(3, 1\)"):
         inspect.unwrap(ponder_loss)(torch.zeros(3, 1), torch.full((3, 2), 1 / 3), 0.1)
     with pytest.raises(ValueError, match=r"exit_pass is \(1, 4\); it must be from 1 to 3"):

@@ -153,6 +153,8 @@ def test_injecting_before_a_normed_block_stays_bounded_and_beside_a_residual_one
 def test_shapes_that_differ_and_no_channels_are_named():
     with pytest.raises(ValueError, match=r"one shape, got \(2, 4\) and \(1, 4\)"):
         LTIInjection(4)(torch.zeros(2, 4), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="state and inputs must have 4 channels, got 5"):
+        LTIInjection(4)(torch.zeros(2, 5), torch.zeros(2, 5))
     with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
         LTIInjection(0)
 
