@@ -1,11 +1,13 @@
 """While tests run, check the shapes written in signatures; say in the log which torch runs them."""
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
 import tests.shapes
 from mythoslab.classroom.course import notebooks, topic_of
 
+pytest.register_assert_rewrite("tests.mistakes")
 torch.set_num_threads(1)
 modules = [f"mythoslab.{topic_of(path)}" for path in notebooks()]
 install_import_hook(modules, f"{tests.shapes.__name__}.checked")

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mythoslab.classroom.checks import check
 from mythoslab.depth_lora import (
     AdaptedBlock,
     DepthLoop,
@@ -22,6 +21,7 @@ from mythoslab.depth_lora import (
     low_rank,
 )
 from mythoslab.recurrence import Block, ForestModel, Loop, train_forest
+from tests.mistakes import mistakes_are_named
 
 seeds = st.integers(0, 999)
 sizes = st.integers(1, 7)
@@ -483,17 +483,6 @@ MISTAKES = [
     ("fold_norms", folding(CROSSED), "not the other norm"),
 ]
 
-
-@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=[f"{name}-{cause}" for name, _, cause in MISTAKES])
-def test_check_names_the_cause(name, wrong, cause, capsys):
-    wrong.__name__ = name
-    handed_back = check(wrong)
-    line = capsys.readouterr().out
-    assert line.startswith(f"{name}: not yet.") and cause in line, line
-    assert handed_back is not wrong
-
-
-@pytest.mark.parametrize("right", [PassEmbedding, DepthLoRA, low_rank, fold_norms], ids=lambda part: part.__name__)
-def test_check_accepts_the_finished_code(right, capsys):
-    assert check(right) is right
-    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
+    MISTAKES, [PassEmbedding, DepthLoRA, low_rank, fold_norms]
+)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mythoslab.classroom.checks import check
 from mythoslab.halting import (
     HaltingHead,
     accumulate,
@@ -29,6 +28,7 @@ from mythoslab.halting import (
     ponder_loss,
     ponder_net_loss,
 )
+from tests.mistakes import mistakes_are_named
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 RULES = [act, accumulate, ponder]
@@ -522,17 +522,6 @@ MISTAKES = [
     ("ponder_kl", one_number, "should have the shape (4,)"),
 ]
 
-
-@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=lambda value: getattr(value, "__name__", None))
-def test_check_names_the_cause(name, wrong, cause, capsys):
-    wrong.__name__ = name
-    handed_back = check(wrong)
-    line = capsys.readouterr().out
-    assert line.startswith(f"{name}: not yet.") and cause in line, line
-    assert handed_back is not wrong
-
-
-@pytest.mark.parametrize("right", [halting_distribution, exit_pass, act_weights, ponder_kl], ids=lambda part: part.__name__)
-def test_check_accepts_the_finished_code(right, capsys):
-    assert check(right) is right
-    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
+    MISTAKES, [halting_distribution, exit_pass, act_weights, ponder_kl]
+)

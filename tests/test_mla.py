@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mythoslab.classroom.checks import check
 from mythoslab.mla import (
     GroupedQueryAttention,
     LatentCache,
@@ -16,6 +15,7 @@ from mythoslab.mla import (
     expanded_attention,
 )
 from mythoslab.recurrence import Attention
+from tests.mistakes import mistakes_are_named
 
 SMALL = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 seeds = st.integers(0, 999)
@@ -382,20 +382,5 @@ MISTAKES = [
     ("absorbed_attention", lambda *arguments: expanded_attention(*arguments), "on the way"),
 ]
 
-
-@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=[f"{name}-{cause}" for name, _, cause in MISTAKES])
-def test_check_names_the_cause(name, wrong, cause, capsys):
-    wrong.__name__ = name
-    handed_back = check(wrong)
-    line = capsys.readouterr().out
-    assert line.startswith(f"{name}: not yet.") and cause in line, line
-    assert handed_back is not wrong
-
-
 PARTS = [GroupedQueryAttention, LatentCache, expanded_attention, absorbed_attention]
-
-
-@pytest.mark.parametrize("right", PARTS, ids=lambda part: part.__name__)
-def test_check_accepts_the_finished_code(right, capsys):
-    assert check(right) is right
-    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(MISTAKES, PARTS)

@@ -27,6 +27,7 @@ from mythoslab.model import (
     sample,
 )
 from mythoslab.recurrence import Block
+from tests.mistakes import mistakes_are_named
 
 SMALL = MythosConfig(vocab_size=31, dim=16, n_heads=2, hidden_dim=24, n_passes=3, context_length=12)
 
@@ -415,17 +416,6 @@ MISTAKES = [
     ("sample", divides_by_zero, "top_k has no effect"),
 ]
 
-
-@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=lambda value: getattr(value, "__name__", None))
-def test_check_names_the_cause(name, wrong, cause, capsys):
-    wrong.__name__ = name
-    handed_back = check(wrong)
-    line = capsys.readouterr().out
-    assert line.startswith(f"{name}: not yet.") and cause in line
-    assert handed_back is not wrong
-
-
-@pytest.mark.parametrize("right", [Mythos, count_parameters, sample], ids=lambda part: part.__name__)
-def test_check_accepts_the_finished_code(right, capsys):
-    assert check(right) is right
-    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
+    MISTAKES, [Mythos, count_parameters, sample]
+)

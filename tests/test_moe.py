@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mythoslab.classroom.checks import check
 from mythoslab.moe import (
     FEW_PAIRS,
     MixtureOfExperts,
@@ -21,6 +20,7 @@ from mythoslab.moe import (
     sequence_balance_loss,
     sort_and_group,
 )
+from tests.mistakes import mistakes_are_named
 
 WAYS = [loop_over_experts, sort_and_group, gather_experts]
 seeds = st.integers(0, 999)
@@ -339,21 +339,6 @@ MISTAKES = [
     ("sequence_balance_loss", loss_with(total=False), "mean over the experts"),
 ]
 
-
-@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=[f"{name}-{cause}" for name, _, cause in MISTAKES])
-def test_check_names_the_cause(name, wrong, cause, capsys):
-    wrong.__name__ = name
-    handed_back = check(wrong)
-    line = capsys.readouterr().out
-    assert line.startswith(f"{name}: not yet.") and cause in line, line
-    assert handed_back is not wrong
-
-
 # The checks hand over the reference's own Routing, which the shape checks of these tests take for another class.
 PARTS = [route, inspect.unwrap(sort_and_group), balance_bias, inspect.unwrap(sequence_balance_loss)]
-
-
-@pytest.mark.parametrize("right", PARTS, ids=lambda part: part.__name__)
-def test_check_accepts_the_finished_code(right, capsys):
-    assert check(right) is right
-    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(MISTAKES, PARTS)

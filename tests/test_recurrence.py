@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mythoslab.classroom.checks import check
 from mythoslab.questions import ForestBatch, two_chains
 from mythoslab.recurrence import (
     Attention,
@@ -27,6 +26,7 @@ from mythoslab.recurrence import (
     save_forest,
     train_forest,
 )
+from tests.mistakes import mistakes_are_named
 
 
 @given(scale=st.floats(0.1, 1e4), seed=st.integers(0, 99))
@@ -347,20 +347,9 @@ MISTAKES = [
     ("Loop", PlainList, "never trained"),
 ]
 
-
-@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=lambda value: getattr(value, "__name__", None))
-def test_check_names_the_cause(name, wrong, cause, capsys):
-    wrong.__name__ = name
-    handed_back = check(wrong)
-    line = capsys.readouterr().out
-    assert line.startswith(f"{name}: not yet.") and cause in line
-    assert handed_back is not wrong
-
-
-@pytest.mark.parametrize("right", [RMSNorm, rotary_angles, rotate, Attention, Loop], ids=lambda part: part.__name__)
-def test_check_accepts_the_finished_code(right, capsys):
-    assert check(right) is right
-    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
+    MISTAKES, [RMSNorm, rotary_angles, rotate, Attention, Loop]
+)
 
 
 def test_saved_model_comes_back_and_a_damaged_one_is_named(tmp_path):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mythoslab.classroom.checks import check
 from mythoslab.recurrence import Block
 from mythoslab.stability import LTIInjection, inject_beside_block, inject_then_block, spectral_radius
+from tests.mistakes import mistakes_are_named
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 seeds = st.integers(0, 999)
@@ -308,19 +308,6 @@ MISTAKES = [
     ("inject_beside_block", state_once_more, "once more"),
 ]
 
-
-@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=lambda value: getattr(value, "__name__", None))
-def test_check_names_the_cause(name, wrong, cause, capsys):
-    wrong.__name__ = name
-    handed_back = check(wrong)
-    line = capsys.readouterr().out
-    assert line.startswith(f"{name}: not yet.") and cause in line
-    assert handed_back is not wrong
-
-
-@pytest.mark.parametrize(
-    "right", [spectral_radius, LTIInjection, inject_then_block, inject_beside_block], ids=lambda part: part.__name__
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
+    MISTAKES, [spectral_radius, LTIInjection, inject_then_block, inject_beside_block]
 )
-def test_check_accepts_the_finished_code(right, capsys):
-    assert check(right) is right
-    assert capsys.readouterr().out == f"{right.__name__}: right.\n"

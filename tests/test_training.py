@@ -36,6 +36,7 @@ from mythoslab.training import (
     train_preset,
     training_step,
 )
+from tests.mistakes import mistakes_are_named
 
 SHAPE = dict(dim=32, n_heads=2, hidden_dim=64, n_passes=2, context_length=32)
 
@@ -667,17 +668,6 @@ MISTAKES = [
     ("training_step", looks_too_late, "reaches the weights"),
 ]
 
-
-@pytest.mark.parametrize("name, wrong, cause", MISTAKES, ids=lambda value: getattr(value, "__name__", None))
-def test_check_names_the_cause(name, wrong, cause, capsys):
-    wrong.__name__ = name
-    handed_back = check(wrong)
-    line = capsys.readouterr().out
-    assert line.startswith(f"{name}: not yet.") and cause in line
-    assert handed_back is not wrong
-
-
-@pytest.mark.parametrize("right", [held_out_bits, schedule, training_step], ids=lambda part: part.__name__)
-def test_check_accepts_the_finished_code(right, capsys):
-    assert check(right) is right
-    assert capsys.readouterr().out == f"{right.__name__}: right.\n"
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
+    MISTAKES, [held_out_bits, schedule, training_step]
+)

@@ -1,0 +1,36 @@
+"""Tests of the checks of a notebook: each mistake is named, and the finished code is right."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from mythoslab.classroom.checks import check
+
+
+def mistakes_are_named(
+    mistakes: Sequence[tuple[str, Callable, str]], finished: Sequence[Callable]
+) -> tuple[Callable, Callable]:
+    """Two tests: that each mistake is named, and that finished code is handed back as right.
+
+    Args:
+        mistakes: Name of the exercise, code as a learner might write it, and words of the sentence that names the cause.
+        finished: The finished code of every exercise.
+    """
+    ids = [f"{name}-{cause}" for name, _, cause in mistakes]
+
+    @pytest.mark.parametrize("name, wrong, cause", mistakes, ids=ids)
+    def names_the_cause(name, wrong, cause, capsys):
+        wrong.__name__ = name
+        handed_back = check(wrong)
+        line = capsys.readouterr().out
+        assert line.startswith(f"{name}: not yet.") and cause in line, line
+        assert handed_back is not wrong
+
+    @pytest.mark.parametrize("right", finished, ids=lambda part: part.__name__)
+    def accepts_the_finished_code(right, capsys):
+        handed_back = check(right)
+        line = capsys.readouterr().out
+        assert line == f"{right.__name__}: right.\n", line
+        assert handed_back is right
+
+    return names_the_cause, accepts_the_finished_code
