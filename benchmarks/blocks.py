@@ -96,7 +96,8 @@ def flops_per_token(n_chosen: int, expert_dim: int, block: LatentBlock) -> int:
     """Of a forward and backward pass: twice and four times the products of a weight or a score with a token."""
     attention = sum(weight.numel() for weight in block.attention.parameters() if weight.dim() > 1)
     experts = block.experts.router.weight.numel() + 2 * n_chosen * 3 * DIM * expert_dim  # chosen and shared ones
-    scores = N_HEADS * LENGTH // 2 * (48 + 32)  # half of the pairs are masked
+    per_pair = sum(ATTENTION[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    scores = N_HEADS * LENGTH // 2 * per_pair  # half of the pairs are masked
     return 6 * (attention + experts + scores)
 
 
@@ -108,9 +109,6 @@ def main() -> None:
         ours = LatentBlock(n_experts, expert_dim, n_chosen)
         other, call_other, decode_other = open_mythos_block(n_experts, expert_dim, n_chosen)
         library, call_library = transformers_block(n_experts, expert_dim, n_chosen)
-        alone = MixtureOfExperts(
-            DIM, expert_dim, n_routed_experts=n_experts, n_experts_per_token=n_chosen, n_shared_experts=n_chosen
-        )
         dense = SwiGLU(DIM, 2 * n_chosen * expert_dim)
         x, weigh = torch.randn(2, BATCH, LENGTH, DIM)
 
@@ -126,7 +124,7 @@ def main() -> None:
             "mythoslab": training(ours, ours),
             "OpenMythos": training(other, call_other),
             "transformers": training(library, call_library),
-            "experts alone": training(alone, alone),
+            "experts alone": training(ours.experts, ours.experts),
             "dense alone": training(dense, dense),
             "matrix product": lambda: factors[0] @ factors[1],
         }

@@ -257,12 +257,12 @@ class MixtureOfExperts(nn.Module):
         nn.init.uniform_(self.down, -(expert_dim**-0.5), expert_dim**-0.5)
         self.shared = SwiGLU(dim, n_shared_experts * expert_dim) if n_shared_experts else None
         self.register_buffer("bias", torch.zeros(n_routed_experts))
-        self.register_buffer("load_by_pass", torch.zeros(n_passes, n_routed_experts), persistent=False)
+        self.register_buffer("load_by_pass", torch.zeros(n_passes, n_routed_experts, dtype=torch.int64), persistent=False)
 
     @property
     def load(self) -> Float[Tensor, "expert"]:
         """Tokens that each expert has served in training since the last :meth:`update_bias`, all passes together."""
-        return self.load_by_pass.sum(0)
+        return self.load_by_pass.sum(0).float()
 
     @torch.no_grad()
     def update_bias(self, rate: float = 0.001) -> None:
@@ -301,7 +301,7 @@ class MixtureOfExperts(nn.Module):
         with torch.no_grad():
             served = routing.experts.flatten()
             row = self.load_by_pass.select(0, min(pass_index, len(self.load_by_pass) - 1))
-            row.scatter_add_(0, served, torch.ones_like(served, dtype=row.dtype))
+            row.scatter_add_(0, served, torch.ones_like(served))  # whole numbers: bfloat16 could not count past 256
         if self.sequence_balance > 0:
             self.balance_loss = self.balance_loss + self.sequence_balance * sequence_balance_loss(routing)
 

@@ -141,10 +141,17 @@ def test_load_is_counted_by_pass_in_training_only():
         part(x, pass_index)
     assert part.load_by_pass.sum(1).tolist() == [16, 16, 32]
     assert part.load.sum() == 64
-    counted = F.one_hot(part.route(x.flatten(0, 1)).experts, 6).sum((0, 1)).float()
+    counted = F.one_hot(part.route(x.flatten(0, 1)).experts, 6).sum((0, 1))
     assert torch.equal(part.load_by_pass[0], counted)
     part.eval()(x)
     assert part.load.sum() == 64
+
+
+def test_load_counts_past_what_half_precision_can():
+    part = experts(n_routed_experts=1, n_experts_per_token=1).bfloat16()
+    part(torch.randn(1, 700, 8, dtype=torch.bfloat16))
+    part(torch.randn(1, 1, 8, dtype=torch.bfloat16))
+    assert part.load.tolist() == [701]
 
 
 def test_the_sequence_loss_is_there_in_training_when_asked_for():
