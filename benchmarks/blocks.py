@@ -27,14 +27,14 @@ OPEN_MYTHOS = Path(__file__).parent.parent / ".venv" / "open-mythos"
 
 
 class LatentBlock(nn.Module):
-    """Pre-norm block of latent attention and experts. OpenMythos' shared expert is as wide as all chosen ones together."""
+    """Pre-norm block of latent attention and experts."""
 
-    def __init__(self, n_experts: int, expert_dim: int, n_chosen: int):
+    def __init__(self, n_experts: int, expert_dim: int, n_chosen: int, n_shared: int = 1):
         super().__init__()
         self.attention_norm, self.ffn_norm = RMSNorm(DIM), RMSNorm(DIM)
         self.attention = MultiHeadLatentAttention(DIM, N_HEADS, **ATTENTION)
         self.experts = MixtureOfExperts(
-            DIM, expert_dim, n_routed_experts=n_experts, n_experts_per_token=n_chosen, n_shared_experts=n_chosen
+            DIM, expert_dim, n_routed_experts=n_experts, n_experts_per_token=n_chosen, n_shared_experts=n_shared
         )
 
     def forward(self, x, cache=None):
@@ -43,7 +43,10 @@ class LatentBlock(nn.Module):
 
 
 def open_mythos_block(n_experts: int, expert_dim: int, n_chosen: int):
-    """The same sizes in OpenMythos: a call on x, and one that decodes with its cache."""
+    """The same settings in OpenMythos: a call on x, and one that decodes with its cache.
+
+    Its one shared expert is as wide as all chosen ones together.
+    """
     sys.path.append(str(OPEN_MYTHOS))
     open_mythos = importlib.import_module("open_mythos")
     sizes = dict(n_experts=n_experts, expert_dim=expert_dim, n_experts_per_tok=n_chosen, n_shared_experts=1)
@@ -59,7 +62,7 @@ def open_mythos_block(n_experts: int, expert_dim: int, n_chosen: int):
 
 
 def transformers_block(n_experts: int, expert_dim: int, n_chosen: int):
-    """The same sizes in transformers' DeepSeek-V3, experts by grouped_mm."""
+    """The same settings in transformers' DeepSeek-V3, experts by grouped_mm."""
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
@@ -70,7 +73,7 @@ def transformers_block(n_experts: int, expert_dim: int, n_chosen: int):
         moe_intermediate_size=expert_dim,
         n_routed_experts=n_experts,
         num_experts_per_tok=n_chosen,
-        n_shared_experts=n_chosen,
+        n_shared_experts=1,
         n_group=1,
         topk_group=1,
         first_k_dense_replace=0,
@@ -92,10 +95,10 @@ def transformers_block(n_experts: int, expert_dim: int, n_chosen: int):
     return layer, call
 
 
-def flops_per_token(n_chosen: int, expert_dim: int, block: LatentBlock) -> int:
+def flops_per_token(n_chosen: int, expert_dim: int, n_shared: int, block: LatentBlock) -> int:
     """Of a forward and backward pass: twice and four times the products of a weight or a score with a token."""
     attention = sum(weight.numel() for weight in block.attention.parameters() if weight.dim() > 1)
-    experts = block.experts.router.weight.numel() + 2 * n_chosen * 3 * DIM * expert_dim  # chosen and shared ones
+    experts = block.experts.router.weight.numel() + (n_chosen + n_shared) * 3 * DIM * expert_dim
     per_pair = sum(ATTENTION[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     scores = N_HEADS * LENGTH // 2 * per_pair  # half of the pairs are masked
     return 6 * (attention + experts + scores)
@@ -107,9 +110,10 @@ def main() -> None:
     for title, (n_experts, expert_dim, n_chosen) in EXPERTS.items():
         torch.manual_seed(0)
         ours = LatentBlock(n_experts, expert_dim, n_chosen)
+        wide = LatentBlock(n_experts, expert_dim, n_chosen, n_shared=n_chosen)
         other, call_other, decode_other = open_mythos_block(n_experts, expert_dim, n_chosen)
         library, call_library = transformers_block(n_experts, expert_dim, n_chosen)
-        dense = SwiGLU(DIM, 2 * n_chosen * expert_dim)
+        dense = SwiGLU(DIM, (n_chosen + 1) * expert_dim)
         x, weigh = torch.randn(2, BATCH, LENGTH, DIM)
 
         def training(module, call):
@@ -122,29 +126,32 @@ def main() -> None:
 
         tasks = {
             "mythoslab": training(ours, ours),
-            "OpenMythos": training(other, call_other),
             "transformers": training(library, call_library),
+            "OpenMythos": training(other, call_other),
+            "mythoslab, wide": training(wide, wide),
             "experts alone": training(ours.experts, ours.experts),
             "dense alone": training(dense, dense),
             "matrix product": lambda: factors[0] @ factors[1],
         }
         seconds = _medians(tasks, ROUNDS)
         peak = 2 * 1024**3 / seconds["matrix product"]
-        work = BATCH * LENGTH * flops_per_token(n_chosen, expert_dim, ours)
         print(f"\n{title}: a block forward and backward, {BATCH} × {LENGTH} tokens, one thread, median of {ROUNDS} in turn")
         print(f"{'':16}{'tokens/s':>12}{'GFLOP/s':>12}{'of the peak':>14}{'ours is':>12}")
-        for name in ("mythoslab", "OpenMythos", "transformers"):
-            rate = work / seconds[name]
+        for name in ("mythoslab", "transformers", "OpenMythos", "mythoslab, wide"):
+            n_shared = 1 if name in ("mythoslab", "transformers") else n_chosen
+            rate = BATCH * LENGTH * flops_per_token(n_chosen, expert_dim, n_shared, ours) / seconds[name]
             ratio = seconds[name] / seconds["mythoslab"]
             print(f"{name:16}{BATCH * LENGTH / seconds[name]:12,.0f}{rate / 1e9:12,.1f}{rate / peak:14.0%}{ratio:11.2f}×")
         print(f"{'matrix product':16}{'':12}{peak / 1e9:12,.1f}{1:14.0%}")
+        like = seconds["OpenMythos"] / seconds["mythoslab, wide"]
+        print(f"OpenMythos' shared expert is as wide as the {n_chosen} chosen ones; with ours as wide, ours is {like:.2f}× as fast")
         print(f"experts take {seconds['experts alone'] / seconds['dense alone']:.2f} times a dense part of the same active width")
-        _decode(ours, other, decode_other)
+        _decode(ours, wide, other, decode_other)
 
 
-@torch.no_grad()
-def _decode(ours: LatentBlock, other: nn.Module, decode_other) -> None:
-    ours.eval(), other.eval()
+@torch.inference_mode()
+def _decode(ours: LatentBlock, wide: LatentBlock, other: nn.Module, decode_other) -> None:
+    ours.eval(), wide.eval(), other.eval()
     token = torch.randn(1, 1, DIM)
     cache = ours.attention.new_cache(1, CONTEXT + 1)
     cache.memory.normal_()
@@ -164,6 +171,7 @@ def _decode(ours: LatentBlock, other: nn.Module, decode_other) -> None:
 
     tasks = {
         "mythoslab": repeated(lambda: ours(token, cache)),
+        "mythoslab, wide": repeated(lambda: wide(token, cache)),
         "OpenMythos": repeated(lambda: decode_other(token, {"default": kept})),
         "rebuilding keys": rebuilding,
     }

@@ -214,14 +214,13 @@ def absorbed_attention(
     """
     n_heads, n_query, rank = query.shape[1], query.shape[2], up.shape[2]
     n_rope = kept.shape[2] - rank
-    nope, rope = query.split((query.shape[3] - n_rope, n_rope), -1)
-    up_key, up_value = up.split((nope.shape[3], up.shape[1] - nope.shape[3]), 1)
+    nope, rope = query.split_with_sizes((query.shape[3] - n_rope, n_rope), -1)
+    up_key, up_value = up.split_with_sizes((nope.shape[3], up.shape[1] - nope.shape[3]), 1)
     query = torch.cat((nope @ up_key, rope), -1)  # (batch, head, query, rank + rope): on the latents' side
-    scores = (query.flatten(1, 2) @ kept.mT * scale).unflatten(1, (n_heads, n_query))  # (batch, head, query, key)
+    scores = (query * scale).flatten(1, 2) @ kept.mT  # (batch, head · query, key)
     if n_query > 1:
-        scores = scores + _hidden(n_query, kept.shape[1], scores)
-    share = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32).to(kept.dtype)
-    latent = share.flatten(1, 2) @ kept.narrow(2, 0, rank)  # (batch, head · query, rank)
+        scores = scores + _hidden(n_query, kept.shape[1], scores).repeat(n_heads, 1)
+    latent = scores.softmax(-1) @ kept.narrow(2, 0, rank)  # (batch, head · query, rank)
     return latent.unflatten(1, (n_heads, n_query)) @ up_value.mT
 
 # %% ../notebooks/06_mla.ipynb #mla
@@ -319,11 +318,11 @@ class MultiHeadLatentAttention(nn.Module):
         squeezed = x if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
         query = (self.q_proj if self.q_lora_rank is None else self.q_b_proj)(squeezed)
         query = query.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (batch, head, position, nope + rope)
-        latent, rope_key = self.kv_a_proj_with_mqa(x).split((self.kv_lora_rank, self.qk_rope_head_dim), -1)
+        latent, rope_key = self.kv_a_proj_with_mqa(x).split_with_sizes((self.kv_lora_rank, self.qk_rope_head_dim), -1)
 
-        nope, rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
+        nope, rope = query.split_with_sizes((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
         turned = rotate(torch.cat((rope, rope_key.unsqueeze(1)), 1), angles)  # the queries of all heads, and their one key
-        rope, rope_key = turned.split((self.n_heads, 1), 1)
+        rope, rope_key = turned.split_with_sizes((self.n_heads, 1), 1)
         query = torch.cat((nope, rope), -1)
         kept = torch.cat((self.kv_a_layernorm(latent), rope_key.squeeze(1)), -1)  # (batch, position, rank + rope)
         if cache is not None:

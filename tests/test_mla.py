@@ -12,6 +12,7 @@ from mythoslab.mla import (
     LatentCache,
     MultiHeadLatentAttention,
     absorbed_attention,
+    causal_attention,
     expanded_attention,
 )
 from mythoslab.recurrence import Attention
@@ -51,6 +52,21 @@ def test_grouped_queries_never_look_ahead():
     changed[:, 4] += 1
     before, after = grouped(x), grouped(changed)
     assert torch.equal(before[:, :4], after[:, :4]) and not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+@pytest.mark.parametrize("n_query, n_key", [(1, 1), (1, 70), (64, 64), (65, 65), (128, 150), (130, 130)])
+@pytest.mark.parametrize("v_dim", [4, 6])
+def test_runs_of_queries_are_attention_by_the_book(n_query, n_key, v_dim):
+    torch.manual_seed(0)
+    query = torch.randn(2, 3, n_query, 6, dtype=torch.float64, requires_grad=True)
+    key = torch.randn(2, 3, n_key, 6, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(2, 3, n_key, v_dim, dtype=torch.float64, requires_grad=True)
+    scores = (query @ key.mT * 0.3).masked_fill(torch.ones(n_query, n_key).tril(n_key - n_query) == 0, -torch.inf)
+    wanted, got = scores.softmax(-1) @ value, causal_attention(query, key, value, 0.3)
+    assert torch.allclose(got, wanted, atol=1e-12)
+    weigh = torch.randn_like(wanted)
+    for mine, theirs in zip(*(torch.autograd.grad((out * weigh).sum(), (query, key, value)) for out in (got, wanted))):
+        assert torch.allclose(mine, theirs, atol=1e-12)
 
 
 @settings(deadline=None)
