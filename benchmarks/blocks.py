@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mythoslab.mla import MultiHeadLatentAttention
+from mythoslab import mla
+from mythoslab.mla import MultiHeadLatentAttention, project
 from mythoslab.moe import MixtureOfExperts
 from mythoslab.recurrence import RMSNorm, SwiGLU
 
@@ -106,7 +107,7 @@ def flops_per_token(n_chosen: int, expert_dim: int, n_shared: int, block: Latent
 
 def main() -> None:
     torch.set_num_threads(1)
-    factors = torch.randn(2, 1024, 1024)
+    factors = torch.randn(2, 1024, 1024, requires_grad=True)
     for title, (n_experts, expert_dim, n_chosen) in EXPERTS.items():
         torch.manual_seed(0)
         ours = LatentBlock(n_experts, expert_dim, n_chosen)
@@ -114,6 +115,7 @@ def main() -> None:
         other, call_other, decode_other = open_mythos_block(n_experts, expert_dim, n_chosen)
         library, call_library = transformers_block(n_experts, expert_dim, n_chosen)
         dense = SwiGLU(DIM, (n_chosen + 1) * expert_dim)
+        wide_dense = SwiGLU(DIM, 2 * n_chosen * expert_dim)
         x, weigh = torch.randn(2, BATCH, LENGTH, DIM)
 
         def training(module, call):
@@ -124,28 +126,44 @@ def main() -> None:
 
             return step
 
+        def by_mkl(step):
+            def run():
+                one_dnn, mla.ONE_DNN = mla.ONE_DNN, None
+                step()
+                mla.ONE_DNN = one_dnn
+
+            return run
+
         tasks = {
             "mythoslab": training(ours, ours),
+            "mythoslab, MKL": by_mkl(training(ours, ours)),
             "transformers": training(library, call_library),
             "OpenMythos": training(other, call_other),
             "mythoslab, wide": training(wide, wide),
             "experts alone": training(ours.experts, ours.experts),
             "dense alone": training(dense, dense),
+            "wide experts alone": training(wide.experts, wide.experts),
+            "wide dense alone": training(wide_dense, wide_dense),
             "matrix product": lambda: factors[0] @ factors[1],
+            "by oneDNN": lambda: project(*factors),
         }
         seconds = _medians(tasks, ROUNDS)
         peak = 2 * 1024**3 / seconds["matrix product"]
         print(f"\n{title}: a block forward and backward, {BATCH} × {LENGTH} tokens, one thread, median of {ROUNDS} in turn")
         print(f"{'':16}{'tokens/s':>12}{'GFLOP/s':>12}{'of the peak':>14}{'ours is':>12}")
-        for name in ("mythoslab", "transformers", "OpenMythos", "mythoslab, wide"):
-            n_shared = 1 if name in ("mythoslab", "transformers") else n_chosen
+        for name in ("mythoslab", "mythoslab, MKL", "transformers", "OpenMythos", "mythoslab, wide"):
+            n_shared = n_chosen if name in ("OpenMythos", "mythoslab, wide") else 1
             rate = BATCH * LENGTH * flops_per_token(n_chosen, expert_dim, n_shared, ours) / seconds[name]
             ratio = seconds[name] / seconds["mythoslab"]
             print(f"{name:16}{BATCH * LENGTH / seconds[name]:12,.0f}{rate / 1e9:12,.1f}{rate / peak:14.0%}{ratio:11.2f}×")
-        print(f"{'matrix product':16}{'':12}{peak / 1e9:12,.1f}{1:14.0%}")
+        for name in ("matrix product", "by oneDNN"):
+            rate = 2 * 1024**3 / seconds[name]
+            print(f"{name:16}{'':12}{rate / 1e9:12,.1f}{rate / peak:14.0%}")
         like = seconds["OpenMythos"] / seconds["mythoslab, wide"]
         print(f"OpenMythos' shared expert is as wide as the {n_chosen} chosen ones; with ours as wide, ours is {like:.2f}× as fast")
-        print(f"experts take {seconds['experts alone'] / seconds['dense alone']:.2f} times a dense part of the same active width")
+        for name, kind in (("", f"one shared expert of {expert_dim}"), ("wide ", f"a shared expert of {n_chosen * expert_dim}")):
+            slower = seconds[f"{name}experts alone"] / seconds[f"{name}dense alone"]
+            print(f"experts with {kind} take {slower:.2f} times a dense SwiGLU (by MKL) of the same active width")
         _decode(ours, wide, other, decode_other)
 
 

@@ -7,13 +7,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mythoslab import mla
 from mythoslab.mla import (
     GroupedQueryAttention,
     LatentCache,
     MultiHeadLatentAttention,
+    Projection,
     absorbed_attention,
     causal_attention,
     expanded_attention,
+    learns_by_one_dnn,
+    project,
 )
 from mythoslab.recurrence import Attention
 from tests.mistakes import mistakes_are_named
@@ -67,6 +71,62 @@ def test_runs_of_queries_are_attention_by_the_book(n_query, n_key, v_dim):
     weigh = torch.randn_like(wanted)
     for mine, theirs in zip(*(torch.autograd.grad((out * weigh).sum(), (query, key, value)) for out in (got, wanted))):
         assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+@pytest.fixture(params=["one_dnn", "mkl"])
+def library(request, monkeypatch):
+    if request.param == "mkl":
+        monkeypatch.setattr(mla, "ONE_DNN", None)  # as in a build or on a CPU without
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(33,), (3, 40), (2, 3, 16), (5,), ()], ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_projection_has_the_numbers_and_gradients_of_a_linear_layer(shape, strided, library):
+    torch.manual_seed(0)
+    weight = torch.randn(17, 24)
+    whole = torch.randn(*shape, 30)
+    x = whole[..., 3:27] if strided else whole[..., :24].clone()
+    results = []
+    for multiply, dtype in ((project, torch.float32), (nn.functional.linear, torch.float64)):
+        inputs = [part.detach().to(dtype).requires_grad_() for part in (x, weight)]
+        out = multiply(*inputs)
+        weigh = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+        gradients = torch.autograd.grad((out * weigh).sum(), inputs, create_graph=True)
+        results.append((out, *gradients, *torch.autograd.grad(gradients[0].square().sum(), inputs[1])))
+    for own, exact in zip(*results):
+        assert torch.allclose(own.double(), exact, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_projection_is_a_linear_layer_to_whoever_asks():
+    torch.manual_seed(0)
+    own = Projection(6, 4)
+    torch.manual_seed(0)
+    theirs = nn.Linear(6, 4, bias=False)
+    assert isinstance(own, nn.Linear) and torch.equal(own.weight, theirs.weight) and own.bias is None
+    x = torch.randn(2, 40, 6)
+    assert torch.allclose(torch.func.vmap(own)(x), theirs(x), atol=1e-6)
+    jacobian = torch.func.jacrev(lambda x: own(x).sum(0))(x[0])
+    assert torch.allclose(jacobian, theirs.weight[:, None].expand(-1, 40, -1), atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert own(x).dtype == torch.bfloat16
+
+
+def test_only_training_in_plain_float32_goes_to_one_dnn(monkeypatch):
+    monkeypatch.setattr(mla, "ONE_DNN", lambda *arguments: pytest.fail("asked, not called"))
+    x, weight = torch.randn(40, 6, requires_grad=True), torch.randn(4, 6)
+    assert learns_by_one_dnn(x, weight) and not learns_by_one_dnn(x.detach(), weight)
+    assert not learns_by_one_dnn(x.double(), weight.double()) and not learns_by_one_dnn(x.bfloat16(), weight.bfloat16())
+    assert not learns_by_one_dnn(x.to("meta"), weight.to("meta"))
+    with torch.no_grad():
+        assert not learns_by_one_dnn(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not learns_by_one_dnn(x, weight)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not learns_by_one_dnn(torch.randn(40, 6, requires_grad=True), weight)
+    monkeypatch.setattr(mla, "ONE_DNN", None)
+    assert not learns_by_one_dnn(x, weight)
 
 
 @settings(deadline=None)

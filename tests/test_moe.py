@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mythoslab.mla import learns_by_one_dnn
 from mythoslab.moe import (
     FEW_PAIRS,
     MixtureOfExperts,
     Routing,
     balance_bias,
     gather_experts,
+    grouped_product,
     loop_over_experts,
     route,
     sequence_balance_loss,
@@ -101,6 +103,23 @@ def test_the_grouped_product_has_the_gradients_of_the_loop():
         run(x, route(logits, torch.tensor([9.0, 0, 0, 0, 0, -9.0]), 2), gate_up, down).square().sum().backward()
     for one, other in zip(*inputs):
         assert torch.allclose(one.grad, other.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("one_dnn", [True, False])
+@pytest.mark.parametrize("loads", [[200, 0, 5, 0], [0, 0, 0, 130], [130, 1, 0, 0], [31, 33, 32, 47], [40, 40, 40, 8]], ids=str)
+def test_grouped_products_are_products_of_each_group_in_training(loads, one_dnn, monkeypatch):
+    if not one_dnn:
+        monkeypatch.setattr("mythoslab.mla.ONE_DNN", None)
+    torch.manual_seed(0)
+    rows, weights = torch.randn(sum(loads), 8, requires_grad=True), torch.randn(4, 12, 8, requires_grad=True)
+    ends = torch.tensor(loads).cumsum(0).int()
+    got = grouped_product(rows, weights, ends)
+    assert ("OneDNN" in type(got.grad_fn).__name__) == learns_by_one_dnn(rows, weights)
+    exact = torch.cat([part @ weight.mT for part, weight in zip(rows.double().split(loads), weights.double().unbind())])
+    weigh = torch.randn_like(exact)
+    assert torch.allclose(got.double(), exact, atol=1e-5)
+    for own, theirs in zip(*(torch.autograd.grad((out * weigh).sum(), (rows, weights)) for out in (got, exact))):
+        assert torch.allclose(own, theirs, atol=1e-4, rtol=1e-5)
 
 
 @given(seed=seeds)
