@@ -179,7 +179,7 @@ def _decode(ours: LatentBlock, wide: LatentBlock, other: nn.Module, decode_other
     absorbs = ours.attention.absorbs
 
     def rebuilding():
-        ours.attention.absorbs = lambda n_queries: False
+        ours.attention.absorbs = lambda n_queries, n_keys: False
         for _ in range(TOKENS):
             ours(token, cache)
         ours.attention.absorbs = absorbs

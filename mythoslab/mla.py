@@ -82,7 +82,8 @@ class LatentCache:
     Raises:
         ValueError: A size is below one.
 
-    Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1; sharing between passes, Geiping et al. 2025 (Huginn).
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1; sharing between passes, Geiping et al. 2025 (Huginn), which
+    takes slots in turn, ``r % n_slots``.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ def _hidden(n_query: int, n_key: int, like: Tensor) -> Float[Tensor, "query key"
     return torch.full((n_query, n_key), -math.inf, dtype=like.dtype, device=like.device).triu(n_key - n_query + 1)
 
 
-#: Queries that :func:`causal_attention` takes at a time on a CPU; of 32, 64, 128 and 256 measured as good as the best.
+#: Queries that :func:`causal_attention` takes at a time on a CPU.
 RUN = 64
 
 
@@ -358,10 +359,11 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Projection(kv_lora_rank, n_heads * (qk_nope_head_dim + v_head_dim))
         self.o_proj = Projection(n_heads * v_head_dim, dim)
 
-    def absorbs(self, n_queries: int) -> bool:
-        """Whether so many queries cost fewer products over latents than over unpacked keys and values."""
-        unpacked = self.qk_nope_head_dim + self.v_head_dim
-        return n_queries * (2 * self.kv_lora_rank - unpacked) < self.kv_lora_rank * unpacked
+    def absorbs(self, n_queries: int, n_keys: int) -> bool:
+        """Whether so many queries cost fewer multiplications over latents than over keys and values unpacked from them."""
+        rank, unpacked = self.kv_lora_rank, self.qk_nope_head_dim + self.v_head_dim
+        absorbed = n_queries * rank * unpacked + 2 * n_queries * n_keys * rank
+        return absorbed < n_keys * rank * unpacked + n_queries * n_keys * unpacked
 
     def new_cache(self, batch_size: int, max_positions: int, *, n_slots: int = 1) -> LatentCache:
         """Memory of the right width, dtype and device."""
@@ -391,7 +393,7 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             kept = cache.write(kept, pass_index)
         up = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1))  # (head, nope + v, rank)
-        attend = absorbed_attention if cache is not None and self.absorbs(n_new) else expanded_attention
+        attend = absorbed_attention if cache is not None and self.absorbs(n_new, kept.shape[1]) else expanded_attention
         mixed = attend(query, kept, up, self.scale)  # (batch, head, position, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 

@@ -212,7 +212,8 @@ def balance_bias(bias: Float[Tensor, "expert"], load: Float[Tensor, "expert"], r
 
 # %% ../notebooks/07_moe.ipynb #sequence-balance-loss
 def sequence_balance_loss(routing: Routing) -> Float[Tensor, ""]:
-    """Imbalance within each sequence, mean over sequences: one where loads and scores are equal, more where they are not.
+    """Imbalance within each sequence, mean over sequences: one where loads or mean scores are level, and more, the more
+    the busy experts are also those with high scores.
 
     Args:
         routing: Of tokens (batch, position).

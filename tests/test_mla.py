@@ -173,7 +173,8 @@ def test_cached_is_uncached_however_it_is_cut(seed, pieces, squeezed, rank):
 
 def test_both_ways_are_taken_and_agree_on_a_long_text():
     attention = small(kv_lora_rank=10)  # 2 · 10 − 8 − 6 = 6 more products a pair, 10 · 14 to unpack: up to 23 queries
-    assert attention.absorbs(23) and not attention.absorbs(24)
+    assert attention.absorbs(23, 10**6) and not attention.absorbs(24, 10**6)
+    assert attention.absorbs(18, 80) and not attention.absorbs(19, 80)  # carrying over 18 queries: 10 · 14 more for each
     x, cache = torch.randn(1, 60, 16), attention.new_cache(1, 60)
     results = []
     for n_new in (24, 23, 1, 12):
@@ -181,7 +182,8 @@ def test_both_ways_are_taken_and_agree_on_a_long_text():
         cache.advance(n_new)
     assert torch.allclose(torch.cat(results, 1), attention(x), atol=1e-5)
     wide = small(kv_lora_rank=3)  # a latent so short that absorbing is always cheaper
-    assert wide.absorbs(10**6)
+    assert wide.absorbs(10**6, 10**6)
+    assert not any(attention.absorbs(n_tokens, n_tokens) for n_tokens in range(1, 100))  # a prompt into an empty cache
 
 
 def test_a_token_never_hears_of_later_ones_or_of_other_sequences():
@@ -450,6 +452,8 @@ MISTAKES = [
             (dict(causal=None), "not causal"),
             (dict(causal="first"), "counts from the first key"),
             (dict(rope=False), "rotated key is left out"),
+            (dict(rope_first="query"), "rotated channels of the query to come first"),
+            (dict(rope_first="kept"), "rotated key to come first in kept"),
             (dict(swapped=True), "changed places"),
             (dict(key_scale=1.0), "scale is left out"),
         )

@@ -289,6 +289,17 @@ def again(routing, bias, experts=None, weights=None):
     return Routing(experts, weights / weights.sum(-1, keepdim=True), routing.scores)
 
 
+def closed_by_zero(logits, bias, n_chosen, options):
+    if "n_group" not in options:
+        return route(logits, bias, n_chosen, **options)
+    n_group, topk_group = options["n_group"], options["topk_group"]
+    choice = (logits.sigmoid() + bias).unflatten(-1, (n_group, -1))
+    best = choice.topk(2, -1).values.sum(-1).topk(topk_group, -1).indices
+    opened = torch.zeros(choice.shape[:-1]).scatter(-1, best, 1.0).unsqueeze(-1)
+    chosen = (choice * opened).flatten(-2).topk(n_chosen, -1).indices
+    return again(Routing(None, None, logits.sigmoid()), bias, experts=chosen)
+
+
 ROUTERS = {
     "in the weights": lambda l, b, k, o, r: again(r, b, weights=(r.scores + b).gather(-1, r.experts)),
     "left out of the choice": lambda l, b, k, o, r: route(l, torch.zeros_like(b), k, **o),
@@ -299,26 +310,34 @@ ROUTERS = {
     "these are a softmax": lambda l, b, k, o, r: route(l, b, k, **{**o, "scoring_func": "softmax"}),
     "have the bias in them": lambda l, b, k, o, r: r._replace(scores=r.scores + b),
     "has no effect": lambda l, b, k, o, r: route(l, b, k, **{**o, "routed_scaling_factor": 1.0}),
+    "which is more than a negative choice": lambda l, b, k, o, r: closed_by_zero(l, b, k, o),
     "groups are left out": lambda l, b, k, o, r: route(l, b, k, **{**o, "n_group": 1, "topk_group": 1}),
 }
 
 
-def sorted_wrongly(*, weigh=True, weights_in_order=False, swapped=False, silu=True, put_back=True):
+def sorted_wrongly(*, weigh=True, weights_in_order=False, swapped=False, silu=True, put_back=None):
     def wrong(x, routing, gate_up, down):
         n_choices, pairs = routing.experts.shape[1], routing.experts.flatten()
         order = pairs.argsort(stable=True)
         gate, up = torch.einsum("pod,pd->po", gate_up[pairs], x.repeat_interleave(n_choices, 0)).chunk(2, -1)
         gate, up = (up, gate) if swapped else (gate, up)
         answers = torch.einsum("pdo,po->pd", down[pairs], (F.silu(gate) if silu else gate) * up)
-        answers = (answers if put_back else answers[order]).view(len(x), n_choices, -1)
+        if put_back is not None:
+            answers = put_back(answers[order], order)
+        answers = answers.view(len(x), n_choices, -1)
         weights = routing.weights if weigh else torch.ones_like(routing.weights)
-        if not put_back:
-            weights = weights.flatten()[order].view(weights.shape)
         if weights_in_order:
             weights = weights.flatten()[order].view(weights.shape)
         return (weights.unsqueeze(1) @ answers).squeeze(1)
 
     return wrong
+
+
+def weights_sorted_too(x, routing, gate_up, down):
+    """Answers and weights both stay in the order of the experts."""
+    order = routing.experts.flatten().argsort(stable=True)
+    in_order = routing._replace(weights=routing.weights.flatten()[order].view(routing.weights.shape))
+    return sorted_wrongly(put_back=lambda answers, order: answers)(x, in_order, gate_up, down)
 
 
 def not_learned(x, routing, gate_up, down):
@@ -355,7 +374,10 @@ MISTAKES = [
     ("sort_and_group", sorted_wrongly(weights_in_order=True), "follow the sorted order"),
     ("sort_and_group", sorted_wrongly(swapped=True), "changed places"),
     ("sort_and_group", sorted_wrongly(silu=False), "SiLU is left out"),
-    ("sort_and_group", sorted_wrongly(put_back=False), "not put back"),
+    ("sort_and_group", sorted_wrongly(put_back=lambda answers, order: answers), "they lie in that of the experts"),
+    ("sort_and_group", sorted_wrongly(put_back=lambda answers, order: answers[order]), "sorted once more"),
+    ("sort_and_group", weights_sorted_too, "not put back"),
+    ("sort_and_group", lambda *arguments: inspect.unwrap(loop_over_experts)(*arguments), "each expert or pair must have its own"),
     ("sort_and_group", not_learned, "gradient does not reach"),
     *(("balance_bias", lambda bias, load, rate, f=f: f(bias, load, rate), cause) for cause, f in BIASES.items()),
     ("sequence_balance_loss", loss_with(over=(0, 1)), "over the whole batch"),

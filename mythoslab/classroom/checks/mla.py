@@ -115,11 +115,15 @@ def latent_cache(LatentCache):
     expect_close(theirs.write(new), torch.cat((first[[1, 1], :2], new), 1), "After take([1, 1]) both sequences are the second one.")
 
 
-def _by_hand(query, kept, up, scale, *, causal="last", rope=True, swapped=False, key_scale=None):
-    """Latent attention with every product written out, and the mistakes one can make in it."""
+def _by_hand(query, kept, up, scale, *, causal="last", rope=True, swapped=False, key_scale=None, rope_first=""):
+    """Latent attention with every multiplication written out, and the mistakes one can make in it."""
     rank = up.shape[2]
+    if rope_first == "kept":
+        kept = kept.roll(rank - kept.shape[2], 2)
     latent, rope_key = kept[..., :rank], kept[..., rank:]
     n_nope, n_query, n_key = query.shape[3] - rope_key.shape[2], query.shape[2], kept.shape[1]
+    if rope_first == "query":
+        query = query.roll(n_nope, 3)
     up_key, up_value = up[:, :n_nope], up[:, n_nope:]
     if swapped:
         up_key, up_value = up_value, up_key
@@ -149,6 +153,10 @@ def _check_attention(attend):
                 *arguments, causal="first"
             ),
             "The rotated key is left out of the scores.": _by_hand(*arguments, rope=False),
+            "You take the rotated channels of the query to come first: they come last, after those without position.": _by_hand(
+                *arguments, rope_first="query"
+            ),
+            "You take the rotated key to come first in kept: the latent does, and the rotated key is the rest.": _by_hand(*arguments, rope_first="kept"),
             "Keys and values have changed places: in up, the rows of the key come first.": _by_hand(*arguments, swapped=True),
             "The scale is left out.": _by_hand(*arguments, key_scale=1.0),
             "The scale is that of the query's width: use the one that was given.": _by_hand(*arguments, key_scale=12**-0.5),

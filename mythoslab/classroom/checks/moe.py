@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import checks, expect, expect_close, expect_raises, expect_shape, reference
 
@@ -65,11 +66,11 @@ def route(route):
     expect_close(_scatter(route(logits, none, 3, **soft), 8), _scatter(ours(logits, none, 3, **soft), 8), "With scoring_func='softmax' the scores are a softmax over all experts.")
     groups = dict(n_group=4, topk_group=2)
 
-    def by_groups(count):
-        in_groups = choice.unflatten(-1, (4, 2))
+    def by_groups(count, bias=bias, closed=float("-inf")):
+        in_groups = (scores + bias).unflatten(-1, (4, 2))
         best = count(in_groups).topk(2, -1).indices
         opened = torch.zeros(40, 4).scatter(-1, best, 1.0).bool().unsqueeze(-1)
-        chosen = top(in_groups.masked_fill(~opened, float("-inf")).flatten(-2))
+        chosen = top(in_groups.masked_fill(~opened, closed).flatten(-2))
         return spread(chosen, weigh(chosen, scores))
 
     expect_close(
@@ -79,6 +80,15 @@ def route(route):
         mistakes={
             "The groups are left out: a token may use only topk_group of them.": spread(right, weigh(right, scores)),
             "A group counts by its single best expert: with sigmoid scores take the sum of the two best.": by_groups(lambda g: g.amax(-1)),
+        },
+    )
+    low = bias - 2  # every choice is below zero
+    expect_close(
+        _scatter(route(logits, low, 3, **groups), 8),
+        by_groups(lambda g: g.sum(-1), low),
+        "A bias that lowers all experts alike should change no choice.",
+        mistakes={
+            "Experts of closed groups get a 0, which is more than a negative choice: give them −inf.": by_groups(lambda g: g.sum(-1), low, 0.0)
         },
     )
 
@@ -101,7 +111,13 @@ def sort_and_group(sort_and_group):
                 out[token if tokens is None else tokens[2 * token + choice]] += weights[token, choice] * (down[expert] @ (silu(gate) * up))
         return out
 
+    def weighed(answers):
+        return (routing.weights.unsqueeze(1) @ answers.view(30, 2, 8)).squeeze(1)
+
     order = routing.experts.flatten().argsort(stable=True)
+    sorted_experts, sorted_rows = routing.experts.flatten()[order], x[order // 2]
+    gate, up = (gate_up[sorted_experts] @ sorted_rows.unsqueeze(2)).squeeze(2).chunk(2, -1)
+    sorted_answers = (down[sorted_experts] @ (F.silu(gate) * up).unsqueeze(2)).squeeze(2)
     ones = torch.ones_like(routing.weights)
     expect_close(
         got,
@@ -115,6 +131,8 @@ def sort_and_group(sort_and_group):
             "Gate and up have changed places: SiLU goes on the first half.": by_hand(routing.weights, swapped=True),
             "SiLU is left out: the gate is linear.": by_hand(routing.weights, silu=lambda gate: gate),
             "The answers are not put back in the order of the tokens.": by_hand(routing.weights, order.argsort() // 2),
+            "The answers are not put back in the order of the tokens: they lie in that of the experts.": weighed(sorted_answers),
+            "The answers are sorted once more: to put them back, index by order.argsort(), the inverse of order.": weighed(sorted_answers[order]),
             "The mean is taken over a token's experts: take the weighted sum.": by_hand(routing.weights) / 2,
         },
         atol=1e-4,
@@ -123,6 +141,21 @@ def sort_and_group(sort_and_group):
     sort_and_group(inputs[0], routing, *inputs[1:]).sum().backward()
     learned = inputs[1].grad is not None and bool(inputs[1].grad[0].any()) and not inputs[1].grad[5].any()
     expect(learned, "The gradient does not reach the experts that served, and only them.")
+
+    many = torch.randn(64, 16, 8), torch.randn(64, 8, 8), ours.route(torch.randn(30, 64), torch.zeros(64), 2)
+    calls = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        sort_and_group(x, many[2], *many[:2])
+    expect(
+        len(calls) < 5 * 64,
+        "The numbers are right, and so many small steps run that each expert or pair must have its own: sort the pairs, and let grouped_product serve all experts.",
+    )
 
 
 @checks("balance_bias")
