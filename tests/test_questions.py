@@ -195,6 +195,12 @@ def test_climb_agrees_with_a_walk(n_nodes, seed):
             assert walk(parent[row].tolist(), node) == (root[row, node], depth[row, node])
 
 
+@pytest.mark.parametrize("n_nodes", [1, 2, 3, 16, 17, 33, 64, 65])
+def test_climb_reaches_the_far_end_of_a_chain(n_nodes):
+    root, depth = climb(torch.arange(n_nodes).sub(1).clamp(min=0)[None])
+    assert root[0].tolist() == [0] * n_nodes and depth[0].tolist() == list(range(n_nodes))
+
+
 def test_the_reference_text_is_real_large_and_free_of_repeats():
     text = reference_text()
     assert len(text.encode()) > 1_200_000
@@ -471,6 +477,13 @@ MISTAKES = {
             (
                 "depth = depth + depth.gather(1, reached)",
                 "depth = depth + (reached != reached.gather(1, reached)).long()",
+            ),
+        ),
+        (
+            "before you move the pointer",
+            (
+                "depth = depth + depth.gather(1, reached)\n        reached = reached.gather(1, reached)",
+                "reached = reached.gather(1, reached)\n        depth = depth + depth.gather(1, reached)",
             ),
         ),
         (

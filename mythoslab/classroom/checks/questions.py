@@ -53,6 +53,10 @@ def climb(climb):
             "The depth is right and the root is not: return the node reached at the end, not the parent.",
         ),
         (
+            torch.equal(depth, _jumping_first(parent)),
+            "You jump first and then add: read the depth before you move the pointer.",
+        ),
+        (
             max(chain) > 1 and chain == [min(links, max(chain)) for links in true_chain],
             "Nodes far from the root have not arrived: a chain of n nodes needs log2(n) rounds, rounded up.",
         ),
@@ -71,6 +75,16 @@ def climb(climb):
     raise Mistake(
         "Root or depth is wrong: compare with a walk from parent to parent on a chain of three nodes."
     )
+
+
+def _jumping_first(parent):
+    """The depths of a learner who has swapped the two lines of a round."""
+    depth = (parent != torch.arange(parent.shape[1])).long()
+    reached = parent
+    for _ in range((parent.shape[1] - 1).bit_length()):
+        reached = reached.gather(1, reached)
+        depth = depth + depth.gather(1, reached)
+    return depth
 
 
 @checks("two_chains")
