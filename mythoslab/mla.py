@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['RUN', 'ONE_DNN', 'MANY_ROWS', 'GroupedQueryAttention', 'LatentCache', 'causal_attention', 'expanded_attention',
-           'absorbed_attention', 'learns_by_one_dnn', 'one_dnn', 'project', 'Projection', 'MultiHeadLatentAttention']
+           'absorbed_attention', 'learns_by_one_dnn', 'one_dnn', 'project', 'Projection', 'rotate_each', 'seen_from',
+           'attention_at', 'MultiHeadLatentAttention']
 
 # %% ../notebooks/06_mla.ipynb #imports
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
@@ -294,6 +296,39 @@ def _frequency(n_rope: int, theta: float) -> tuple[float, ...]:
         return tuple(rotary_angles(2, n_rope, theta).select(0, 1).tolist())
 
 
+def rotate_each(
+    heads: Float[Tensor, "batch head position channel"], angles: Float[Tensor, "row half"]
+) -> Float[Tensor, "batch head position channel"]:
+    """Rotate by the angles of each position, or of each sequence and position, one row after the other."""
+    if len(angles) == heads.shape[2]:
+        return rotate(heads, angles)
+    together = heads.transpose(0, 1).flatten(1, 2)  # (head, batch · position, channel)
+    return rotate(together, angles).unflatten(1, (heads.shape[0], -1)).transpose(0, 1)
+
+
+def seen_from(places: Int64[Tensor, "batch query"], n_keys: int) -> Bool[Tensor, "batch 1 query key"]:
+    """Which keys, counted from position 0, a query at a place sees: its own and those before."""
+    keys = torch.arange(n_keys, device=places.device)
+    return (keys <= places.unsqueeze(-1)).unsqueeze(1)
+
+
+def attention_at(
+    places: Int64[Tensor, "batch query"],
+    query: Float[Tensor, "batch head query qk_dim"],
+    kept: Float[Tensor, "batch key width"],
+    up: Float[Tensor, "head nope_and_v rank"],
+    scale: float,
+) -> Float[Tensor, "batch head query v_dim"]:
+    """As :func:`absorbed_attention`, for queries that stand anywhere: notebook 10 picks out the tokens that think on."""
+    rank = up.shape[2]
+    n_rope = kept.shape[2] - rank
+    nope, rope = query.split_with_sizes((query.shape[3] - n_rope, n_rope), -1)
+    up_key, up_value = up.split_with_sizes((nope.shape[3], up.shape[1] - nope.shape[3]), 1)
+    scores = torch.cat((nope @ up_key, rope), -1) * scale @ kept.mT.unsqueeze(1)  # (batch, head, query, key)
+    scores = scores.masked_fill(~seen_from(places, kept.shape[1]), -math.inf)
+    return scores.softmax(-1) @ kept.narrow(2, 0, rank).unsqueeze(1) @ up_value.mT
+
+
 class MultiHeadLatentAttention(nn.Module):
     """Causal attention that keeps one latent and one rotated key for each token, whatever the number of heads.
 
@@ -377,16 +412,16 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Float[Tensor, "batch position dim"]:
         """Attend to these positions, and with a cache to those it has filled; write, and leave it to the caller to advance it."""
         start, n_new = 0 if cache is None else cache.length, x.shape[1]
-        angles = torch.outer(
-            torch.arange(start, start + n_new, device=x.device), torch.tensor(self.frequency, device=x.device)
-        )
+        places = getattr(cache, "places", None)  # of tokens that do not simply come next, (batch, position)
+        stand = torch.arange(start, start + n_new, device=x.device) if places is None else places.flatten()
+        angles = torch.outer(stand, torch.tensor(self.frequency, device=x.device))
         squeezed = x if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
         query = (self.q_proj if self.q_lora_rank is None else self.q_b_proj)(squeezed)
         query = query.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (batch, head, position, nope + rope)
         latent, rope_key = self.kv_a_proj_with_mqa(x).split_with_sizes((self.kv_lora_rank, self.qk_rope_head_dim), -1)
 
         nope, rope = query.split_with_sizes((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
-        turned = rotate(torch.cat((rope, rope_key.unsqueeze(1)), 1), angles)  # the queries of all heads, and their one key
+        turned = rotate_each(torch.cat((rope, rope_key.unsqueeze(1)), 1), angles)  # the queries of all heads, and their one key
         rope, rope_key = turned.split_with_sizes((self.n_heads, 1), 1)
         query = torch.cat((nope, rope), -1)
         kept = torch.cat((self.kv_a_layernorm(latent), rope_key.squeeze(1)), -1)  # (batch, position, rank + rope)
@@ -394,6 +429,8 @@ class MultiHeadLatentAttention(nn.Module):
             kept = cache.write(kept, pass_index)
         up = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1))  # (head, nope + v, rank)
         attend = absorbed_attention if cache is not None and self.absorbs(n_new, kept.shape[1]) else expanded_attention
+        if places is not None:
+            attend = partial(attention_at, places)
         mixed = attend(query, kept, up, self.scale)  # (batch, head, position, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
