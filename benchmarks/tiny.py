@@ -8,7 +8,7 @@ import statistics
 import torch
 
 from mythoslab.model import Mythos, count_parameters, flops_per_token, preset
-from mythoslab.training import TRAINING, choose_device, optimisers, training_step
+from mythoslab.training import TRAINING, choose_device, optimisers, text_loss, training_step
 
 from .clock import in_turn
 
@@ -37,7 +37,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = Mythos(config).to(device)
         both = optimisers(model, plan)
-        return lambda: training_step(model, inputs, targets, both)
+        return lambda: training_step(model, [lambda: text_loss(model, inputs, targets)], both)
 
     tasks = {**{name: step_of(config) for name, config in contenders.items()}, "matrix product": product}
     seconds = in_turn(tasks, ROUNDS)

@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options) or 0
     except (ValueError, OSError) as error:
         return _refuse(str(error))
-    except KeyboardInterrupt:
-        print("mythoslab: stopped", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"mythoslab: {str(interruption) or 'stopped'}", file=sys.stderr)
         return 130
 
 
@@ -63,14 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="DIR", help="folder to save to; runs/NAME by default")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another model")
     command.add_argument("--steps", type=int, metavar="N", help="training steps; those of the preset by default")
+    command.add_argument("--resume", action="store_true", help="go on where the same command was interrupted")
     command.set_defaults(run=_train)
 
     command = commands.add_parser("ask", help="let the trained model continue a prompt")
     command.add_argument("prompt", metavar="PROMPT", help='such as "The for statement"')
     command.add_argument("--from", dest="folder", default="runs/tiny", metavar="DIR", help="runs/tiny by default")
-    command.add_argument("--passes", type=int, metavar="N", help="passes per token; as trained by default")
+    command.add_argument("--passes", type=int, metavar="N", help="most passes of a token; by default 4 times those trained")
     command.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to write, 100 by default")
     command.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is the likeliest; 0.7")
+    command.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens with this share of chances")
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text")
     command.set_defaults(run=_ask)
 
@@ -102,15 +105,19 @@ def _restore(options):
 
 
 def _train(options):
-    from .model import PRESETS
-    from .training import train_preset
+    from .training import TRAINING, train_preset
 
     if options.preset == "forest":
         return _train_forest(options)
-    if options.preset not in PRESETS:
-        raise ValueError(f"there is no preset '{options.preset}': choose one of {', '.join(PRESETS)}, forest")
+    if options.preset not in TRAINING:
+        raise ValueError(f"there is no preset '{options.preset}' to train: choose one of {', '.join(TRAINING)}, forest")
     train_preset(
-        options.preset, text=options.text, out=options.out, seed=options.seed, n_steps=options.steps
+        options.preset,
+        text=options.text,
+        out=options.out,
+        seed=options.seed,
+        n_steps=options.steps,
+        resume=options.resume,
     )
 
 
@@ -126,6 +133,8 @@ def _train_forest(options):
     from .recurrence import ForestModel, accuracy_by_depth, save_forest, train_forest
 
     steps, out = 1000 if options.steps is None else options.steps, Path(options.out or "runs/forest")
+    if options.resume:
+        raise ValueError("--resume goes with a language model: the preset forest takes a minute, train it anew")
     if options.text is not None:
         raise ValueError("--text goes with a language model: the preset forest is trained on questions")
     if steps < 1:
@@ -153,22 +162,37 @@ def _train_forest(options):
 
 
 def _ask(options):
-    from .training import choose_device, continuation, load
+    import os
+
+    from .thinking import strip_terminal, write_text
+    from .training import choose_device, load
 
     model, tokenizer = load(options.folder)
-    pieces = continuation(
+    rule = model.config.halting
+    passes = (1 if rule == "none" else 4) * model.config.n_passes if options.passes is None else options.passes
+    pieces = write_text(
         model.to(choose_device()),
         tokenizer,
         options.prompt,
         options.tokens,
+        max_passes=passes,
+        rule=rule,
         temperature=options.temperature,
-        n_passes=options.passes,
+        top_p=options.top_p,
+        stop=options.stop or (),
         seed=options.seed,
     )
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    counts = []
     print(options.prompt, end="", flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        counts += piece.passes
+        shown = strip_terminal([piece.text], [max(piece.passes)], passes) if coloured else piece.text
+        print(shown, end="", flush=True)
     print()
+    if counts:
+        mean = sum(counts) / len(counts)
+        print(f"passes of a token: {mean:.1f} on average, {min(counts)} to {max(counts)}", file=sys.stderr)
 
 
 def _export(options):

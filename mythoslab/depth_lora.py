@@ -144,12 +144,15 @@ class AdaptedBlock(nn.Module):
             DepthLoRA(layer.in_features, layer.out_features, rank, n_passes, beyond) for layer in linear.values()
         )
 
-    def forward(self, x: Float[Tensor, "*batch dim"], pass_index: int) -> Float[Tensor, "*batch dim"]:
-        weights = {
+    def weights(self, pass_index: int) -> dict[str, Tensor]:
+        """The weights of the adapted layers at a pass, by name."""
+        return {
             f"{name}.weight": adapter.merged(self.block.get_submodule(name).weight, pass_index)
             for name, adapter in zip(self.layers, self.adapters)
         }
-        return torch.func.functional_call(self.block, weights, (x,))
+
+    def forward(self, x: Float[Tensor, "*batch dim"], pass_index: int) -> Float[Tensor, "*batch dim"]:
+        return torch.func.functional_call(self.block, self.weights(pass_index), (x,))
 
 
 class DepthLoop(Loop):

@@ -34,6 +34,7 @@ def test_the_version_is_the_installed_one(capsys):
         (ValueError("do this instead"), 2, "mythoslab: do this instead\n"),
         (OSError("the disk is full: free some space"), 2, "mythoslab: the disk is full: free some space\n"),
         (KeyboardInterrupt(), 130, "mythoslab: stopped\n"),
+        (KeyboardInterrupt("stopped after step 3, this goes on"), 130, "mythoslab: stopped after step 3, this goes on\n"),
     ],
 )
 def test_mistakes_and_interruptions_end_without_traceback(monkeypatch, capsys, error, code, told):

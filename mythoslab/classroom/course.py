@@ -10,6 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent
 NOTEBOOKS = ROOT / "notebooks"
+DATA = ROOT / "data"
 
 
 class UserError(ValueError):

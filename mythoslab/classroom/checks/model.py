@@ -4,7 +4,6 @@ import sys
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from . import checks, expect, expect_close, expect_raises, expect_shape, reference
 
@@ -16,97 +15,160 @@ def beside(learners, name: str, topic: str):
 
 def _config(learners, **changes):
     small = dict(
-        vocab_size=11, dim=8, n_heads=2, hidden_dim=12, n_passes=3, context_length=6, rope_theta=50.0
+        vocab_size=11, dim=8, n_heads=2, hidden_dim=12, n_passes=3, context_length=6, rope_theta=50.0, expert_dim=5
     )
     return beside(learners, "MythosConfig", "model")(**{**small, **changes})
 
 
-@checks("Mythos")
-def mythos(Mythos):
-    config = _config(Mythos, tie_embeddings=False, n_prelude=2, n_core=2)
-    ours, theirs = reference("model").Mythos(config), Mythos(config)
+@checks("Core")
+def core(Core):
+    config = _config(Core, n_core=2, injection="lti", pass_adapter="embedding")
+    ours, theirs = reference("model").Core(config), Core(config)
     names = {name: tuple(weight.shape) for name, weight in ours.state_dict().items()}
     got = {name: tuple(weight.shape) for name, weight in theirs.state_dict().items()}
-    missing = sorted({name.split(".")[0] for name in names.keys() - got.keys()})
-    expect(
-        not missing,
-        f"The weights of {', '.join(missing)} are missing or of another number: keep names and block counts.",
-    )
     expect(
         names == got,
-        "The model holds other weights than the text says: compare names and shapes in __init__.",
-    )
-    tied = Mythos(_config(Mythos))
-    expect(
-        tied.head.weight is tied.embedding.weight,
-        "With tie_embeddings=True head and embedding should share one weight: head.weight = embedding.weight.",
-    )
-    expect(
-        theirs.head.weight is not theirs.embedding.weight,
-        "With tie_embeddings=False head and embedding should have a weight each: yours share one.",
-    )
-    expect(
-        float(theirs.embedding.weight.detach().std()) < 0.1,
-        "The starting weights are PyTorch's own: call initialise(self) once all parts are there.",
+        "The core holds other weights than the text says: norm, injection, embedding or adapters, and n_core blocks.",
     )
     with torch.no_grad():
         for weight in ours.parameters():
             weight.normal_(0, 0.4) if weight.dim() == 2 else weight.uniform_(0.5, 1.5)
     theirs.load_state_dict(ours.state_dict())
-    tokens = torch.randint(11, (2, 6))
-    states = ours.think(tokens, 5)
-    expect_shape(theirs(tokens), (2, 6, 11), "What the model returns for 2 × 6 tokens of 11 kinds")
-    later = tokens.clone()
-    later[:, -1] = (later[:, -1] + 1) % 11
-    expect(
-        torch.allclose(theirs(tokens)[:, :-1], theirs(later)[:, :-1], atol=1e-5),
-        "A change of the last token changes earlier ones: build the blocks with causal=True.",
-    )
+    inputs = torch.randn(2, 5, 8)
+    states = theirs(inputs, 4)
+    expect_shape(states, (4, 2, 5, 8), "What the core returns after 4 passes over 2 × 5 tokens")
     expect_close(
-        theirs(tokens, 5),
-        ours(tokens, 5),
-        "The logits are off: embed, norm, prelude, norm, loop, then coda, norm and head on the last state.",
-        mistakes=_mythos_mistakes(ours, tokens, states),
-    )
-    expect_close(theirs(tokens), ours(tokens), "Without n_passes the configured number of passes should run.")
-    expect_close(
-        theirs.think(tokens, 5),
         states,
-        "think should return the state after every pass, as the loop hands them out.",
+        ours(inputs, 4),
+        "The states are off: norm the state, inject the inputs, then run all blocks, and again.",
+        mistakes={sentence: _run_core(ours, inputs, **wrong) for sentence, wrong in _CORE_MISTAKES.items()},
     )
+    each = torch.tensor([[1, 4, 2, 3, 4], [4, 1, 1, 2, 3]])
+    expect_close(
+        theirs(inputs, each),
+        ours(inputs, each),
+        "Tokens with passes of their own are off: pass r runs for those with each > r, and the others keep their state.",
+        mistakes={
+            "All tokens run all passes: a token that has had its own keeps its state.": ours(inputs, 4),
+            "A token stops one pass early: pass_index counts from 0, so it thinks while each > pass_index.": _stop(
+                Core, ours, inputs, each - 1
+            ),
+            "A token stops one pass late: pass_index counts from 0, so it thinks while each > pass_index.": _stop(
+                Core, ours, inputs, each + 1
+            ),
+            "Tokens that have stopped write anew: tell every memory who is thinking.": _stop(
+                Core, ours, inputs, each, tell=False
+            ),
+            "Tokens that have stopped go on changing: show what they wrote last, and keep their state too.": _stop(
+                Core, ours, inputs, each, freeze=False
+            ),
+            "Only one token decides: compare pass_index with the passes of each.": _stop(
+                Core, ours, inputs, each[:, :1].expand_as(each)
+            ),
+        },
+    )
+    _core_memory(Core, ours, theirs, inputs)
+    expect_close(
+        _gradient(theirs, inputs, 1),
+        _gradient(ours, inputs, 1),
+        "With n_backward=1 gradients should go through the last pass alone: run the others without them.",
+        mistakes={
+            "n_backward has no effect: run the passes before the last n_backward without gradients.": _gradient(
+                ours, inputs, None
+            ),
+            "One pass too many has gradients: of n_passes those from n_passes - n_backward on, counted from 0.": _gradient(
+                ours, inputs, 2
+            ),
+            "No pass has gradients: with n_backward=1 the last one does.": torch.zeros_like(inputs),
+        },
+        atol=1e-4,
+    )
+    kept = []
+    theirs.blocks[0].register_forward_hook(lambda block, read, out: kept.append(out.requires_grad))
+    with torch.no_grad():
+        theirs(inputs, 2, n_backward=1)
+    expect(
+        not any(kept),
+        "You switch gradients on where the caller switched them off: ask torch.is_grad_enabled() too.",
+    )
+    expect_raises(ValueError, lambda: theirs(inputs, 0), "Zero passes should raise a ValueError.")
     expect_raises(
         ValueError,
-        lambda: theirs(tokens, 0),
-        "Zero passes should raise a ValueError: 'n_passes or …' takes 0 for not given, so ask 'is None'.",
-    )
-    expect_raises(
-        ValueError,
-        lambda: theirs(torch.zeros(1, 7, dtype=torch.long)),
-        "7 tokens in a context of 6 should raise a ValueError.",
+        lambda: theirs(inputs, torch.zeros_like(each)),
+        "Zero passes should raise a ValueError when each token has its own number, too.",
     )
 
 
-def _mythos_mistakes(ours, tokens, states):
-    embedded = ours.embedding_norm(ours.embedding(tokens))
-    inputs = ours.prelude(embedded)
-    loop = lambda inputs: ours.read(ours.core(inputs, 5)[-1])  # noqa: E731
-    other = reference("model").Mythos(replace(ours.config, rope_theta=10000.0))
-    other.load_state_dict(ours.state_dict())
-    return {
-        "n_passes has no effect: hand it to the core.": ours(tokens, ours.config.n_passes),
-        "You read the state after the first pass: take the last one, [-1].": ours.read(states[0]),
-        "You average the states of all passes: read the last one alone.": ours.read(states.mean(0)),
-        "The prelude is left out: it comes before the loop.": loop(ours.prelude_norm(embedded)),
-        "What the prelude made is not normed: prelude_norm comes before the loop.": loop(inputs),
-        "Embeddings are not normed: embedding_norm comes before the prelude.": loop(
-            ours.prelude_norm(ours.prelude(ours.embedding(tokens)))
-        ),
-        "The coda is left out: it comes between the loop and the last norm.": ours.head(
-            ours.norm(states[-1])
-        ),
-        "The last norm is left out: it comes between coda and head.": ours.head(ours.coda(states[-1])),
-        "rope_theta has no effect: hand it to every block.": other(tokens, 5),
-    }
+_CORE_MISTAKES = {
+    "The state is not normed: norm comes before the injection.": dict(norm=False),
+    "The inputs are left out of the passes: inject them every time.": dict(inject=False),
+    "Only the first block runs: a pass runs all of them.": dict(n_blocks=1),
+    "Every pass is told that it is the first: hand pass_index on.": dict(index=0),
+    "pass_index counts from 0, and yours from 1.": dict(shift=1),
+    "The state starts at zero: it starts as the inputs.": dict(zero=True),
+}
+
+
+def _run_core(core, inputs, *, norm=True, inject=True, n_blocks=None, index=None, shift=0, zero=False):
+    """Four passes with something left out."""
+    state, states = torch.zeros_like(inputs) if zero else inputs, []
+    for pass_index in range(4):
+        told = pass_index + shift if index is None else index
+        x = core.norm(state) if norm else state
+        x = core.embedding(core.injection(x, inputs) if inject else x, told)
+        for block in core.blocks[:n_blocks]:
+            x = block(x, told)
+        states.append(state := x)
+    return torch.stack(states)
+
+
+def _stop(Core, core, inputs, each, *, tell=True, freeze=True):
+    """Four passes in which each token has its own, or is only half stopped."""
+    shown = [beside(Core, "Shown", "model")() for _ in core.blocks]
+    state, states = inputs, []
+    for pass_index in range(4):
+        thinking = each > pass_index
+        for memory in shown:
+            memory.thinking = thinking if tell else None
+        new = core.one_pass(state, inputs, pass_index, shown)
+        state = torch.where(thinking.unsqueeze(-1), new, state) if freeze else new
+        states.append(state)
+    return torch.stack(states)
+
+
+def _gradient(core, inputs, n_backward):
+    """Of the last state with respect to the inputs; zero where there is none."""
+    leaf = inputs.clone().requires_grad_()
+    last = core(leaf, 4, n_backward=n_backward)[-1].sum()
+    if not last.requires_grad:
+        return torch.zeros_like(inputs)
+    gradient = torch.autograd.grad(last, leaf, allow_unused=True)[0]
+    return torch.zeros_like(inputs) if gradient is None else gradient
+
+
+def _core_memory(Core, ours, theirs, inputs):
+    """With a cache of five slots, two passes fill all five."""
+    slots = []
+    for part in (ours, theirs):
+        width = reference("model").kept_width(_config(Core))
+        caches = [beside(Core, "LatentCache", "mla")(2, 5, width, n_slots=5) for _ in range(2)]
+        part(inputs, 2, [beside(Core, "Shown", "model")(cache) for cache in caches])
+        slots.append(torch.stack([cache.memory for cache in caches]))
+    expect(bool(slots[1][:, 0].any()), "The memories stay empty: hand each block its own of those in shown.")
+    expect_close(
+        slots[1][:, :2],
+        slots[0][:, :2],
+        "What was written to the memories is off: each block has its own, and each pass its slot.",
+        mistakes={
+            "All passes write to the first slot: hand pass_index on to the blocks.": torch.stack(
+                (slots[0][:, 1], torch.zeros_like(slots[0][:, 1])), 1
+            ),
+        },
+    )
+    expect(
+        bool(slots[1][:, 2:].any()),
+        "After the last pass the later slots are empty: call keep_showing on every memory.",
+    )
 
 
 @checks("count_parameters")
@@ -152,6 +214,58 @@ def count_parameters(count_parameters):
         atol=0,
         rtol=0,
     )
+    wide = _config(count_parameters, attention="mla", q_lora_rank=3, ffn="moe", n_routed_experts=6, n_shared_experts=1)
+    for changes, sentence in _SWITCHED:
+        config = replace(base, **changes)
+        counted = sum(weight.numel() for weight in reference("model").Mythos(config).parameters())
+        expect(count_parameters(config) == counted, sentence)
+    unused = 4 * 3 * wide.dim * wide.expert_dim * wide.n_core
+    expect(
+        count_parameters(wide) - count_parameters(wide, active=True) == unused,
+        "With active=True count of the routed experts only those that serve a token.",
+    )
+
+
+_SWITCHED = (
+    (
+        dict(attention="gqa"),
+        "Grouped queries are counted wrong: the keys and values of kv_heads heads are narrower; linear_layers knows.",
+    ),
+    (
+        dict(attention="mla", q_lora_rank=3),
+        "Latent attention is counted wrong: its layers are in linear_layers, and its two norms are as wide as its ranks.",
+    ),
+    (
+        dict(qk_norm=True),
+        "qk_norm is counted wrong: two norms as wide as a head, and one number for each head.",
+    ),
+    (
+        dict(ffn="moe", n_routed_experts=6, n_shared_experts=1),
+        "Experts are counted wrong: each has three matrices, dim × expert_dim, and the core alone has them.",
+    ),
+    (
+        dict(injection="lti"),
+        'The injection is counted wrong: "lti" has a matrix, dim × dim, and a rate for each channel.',
+    ),
+    (
+        dict(injection="linear"),
+        'The injection is counted wrong: "linear" has one matrix from 2 · dim channels to dim.',
+    ),
+    (
+        dict(pass_adapter="embedding"),
+        "The pass embedding is counted wrong: a vector of dim for each pass.",
+    ),
+    (
+        dict(pass_adapter="lora", lora_rank=2),
+        "Adapters are counted wrong: rank · (out + in) for each layer of the core, for each pass.",
+    ),
+    (dict(token_shift=True), "The token shift is counted wrong: one matrix, dim × dim."),
+    (
+        dict(halting="settled"),
+        "The halting head is counted wrong: print the names and shapes of StopHead(dim).named_parameters().",
+    ),
+    (dict(halting="converge"), "A rule without a head has no weights: ask config.has_head."),
+)
 
 
 @checks("sample")

@@ -76,7 +76,7 @@ def _nats(model, tokens, *, stride, twice=False, n_passes=4):
     total, done = 0.0, 1
     for start in [*range(0, last, stride), last]:
         window = tokens[start : start + context + 1]
-        losses = F.cross_entropy(model(window[None, :-1], n_passes)[0], window[1:], reduction="none")
+        losses = F.cross_entropy(model(window[None, :-1], n_passes).logits[0], window[1:], reduction="none")
         total += losses[0 if twice else done - start - 1 :].sum().item()
         done = start + 1 + len(losses)
     return total
@@ -132,52 +132,58 @@ def training_step(training_step):
     start = _model(training_step)
     inputs, targets = torch.randint(13, (2, 3, 6))
     # what an earlier step leaves behind
-    F.cross_entropy(start(inputs.flip(0)).flatten(0, 1), inputs.flatten()).backward()
+    F.cross_entropy(start(inputs.flip(0)).logits.flatten(0, 1), inputs.flatten()).backward()
+
+    def losses(model):
+        def of(first, last, weight):
+            logits = model(inputs[first:last], 3).logits
+            return weight * F.cross_entropy(logits.flatten(0, 1), targets[first:last].flatten())
+
+        return [lambda: of(0, 2, 1.0), lambda: of(2, 3, 0.5)]
 
     def after(step, **options):
         model = copy.deepcopy(start)
         for weight, old in zip(model.parameters(), start.parameters()):
             weight.grad = old.grad.clone()
-        loss = step(model, inputs, targets, _optimisers(model), **options)
-        return nn.utils.parameters_to_vector(model.parameters()).detach(), loss
+        values = step(model, losses(model), _optimisers(model), **options)
+        return nn.utils.parameters_to_vector(model.parameters()).detach(), values
 
-    options = dict(n_passes=3, clip=0.3)
-    weights, loss = after(training_step, **options)
-    expect(loss is not None, "The loss is None: is a return missing?")
+    weights, values = after(training_step, clip=0.3)
+    expect(values is not None, "The losses are None: is a return missing?")
     expect(
-        isinstance(loss, float),
-        "Return the loss as a float, loss.item(): a tensor keeps the whole step in memory.",
+        isinstance(values, list) and all(isinstance(value, float) for value in values),
+        "Return the losses as a list of floats, loss.item() each: a tensor keeps the whole step in memory.",
     )
-    expected, expected_loss = after(reference("training").training_step, **options)
+    expected, expected_values = after(reference("training").training_step, clip=0.3)
     at_start = nn.utils.parameters_to_vector(start.parameters()).detach()
     expect_close(
         weights,
         expected,
-        "The step is off: zero the gradients, backward, clip, and let every optimiser step, in this order.",
+        "The step is off: zero the gradients, backward for each loss, clip, and let every optimiser step, in this order.",
         mistakes={
             "Nothing has changed: let the optimisers step.": at_start,
-            "Gradients of the step before are still there: zero_grad comes before backward.": after(
-                _variant(zero=False), **options
+            "Gradients of the step before are still there: zero_grad comes before the first backward.": after(
+                _variant(zero=False), clip=0.3
             )[0],
-            "The gradient is not clipped: clip between backward and step.": after(
-                _variant(clips=False), **options
+            "Gradients of the first loss are lost: zero_grad comes once, before all of them.": after(
+                _variant(zero_each=True), clip=0.3
             )[0],
-            "n_passes has no effect: hand it to the model.": after(_variant(), clip=0.3)[0],
-            "Only the first optimiser steps: there are several.": after(_variant(first_only=True), **options)[
-                0
-            ],
-            "clip has no effect: yours always clips to one.": after(_variant(), n_passes=3, clip=1.0)[0],
+            "Only the first loss counts: go backward for every one of them.": after(_variant(n_losses=1), clip=0.3)[0],
+            "The gradient is not clipped: clip between backward and step.": after(_variant(clips=False), clip=0.3)[0],
+            "Only the first optimiser steps: there are several.": after(_variant(first_only=True), clip=0.3)[0],
+            "clip has no effect: yours always clips to one.": after(_variant(), clip=1.0)[0],
             "The step goes uphill: the loss should become smaller.": 2 * at_start - expected,
-            "Targets are inputs shifted already: compare logits and targets position by position.": after(
-                _variant(shift=True), **options
+            "You step after every loss: step once, when all gradients are there.": after(
+                _variant(step_each=True), clip=0.3
             )[0],
         },
         atol=1e-6,
     )
+    expect(len(values) == 2, "Return one number for each of the losses.")
     expect_close(
-        torch.tensor(loss),
-        torch.tensor(expected_loss),
-        "Return the loss of this step, in nats per token, as it was before the update.",
+        torch.tensor(values),
+        torch.tensor(expected_values),
+        "Return the losses of this step, as they were before the update.",
     )
     broken = copy.deepcopy(start)
     with torch.no_grad():
@@ -185,12 +191,30 @@ def training_step(training_step):
     before = broken.prelude[0].ffn.up.weight.detach().clone()
     expect_raises(
         ValueError,
-        lambda: training_step(broken, inputs, targets, _optimisers(broken)),
+        lambda: training_step(broken, losses(broken), _optimisers(broken)),
         "A loss that is not a number should raise a ValueError: ask torch.isfinite(loss).",
     )
     expect(
         torch.equal(broken.prelude[0].ffn.up.weight, before),
         "A loss that is not a number reaches the weights: look at it before the optimisers step.",
+    )
+    second = copy.deepcopy(start)
+    expect_raises(
+        ValueError,
+        lambda: training_step(second, [losses(second)[0], lambda: losses(second)[1]() * torch.nan], _optimisers(second)),
+        "Only the first loss is looked at: ask torch.isfinite of each.",
+    )
+    steep = copy.deepcopy(start)
+    steep.prelude[0].ffn.up.weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = steep.head.weight.detach().clone()
+    expect_raises(
+        ValueError,
+        lambda: training_step(steep, losses(steep), _optimisers(steep)),
+        "The loss can be finite and its gradient not: clip_grad_norm_ hands back the length, ask torch.isfinite of it too.",
+    )
+    expect(
+        torch.equal(steep.head.weight, before),
+        "A gradient that is not finite reaches the weights: look at its length before the optimisers step.",
     )
 
 
@@ -200,19 +224,25 @@ def _optimisers(model):
     return [torch.optim.SGD(matrices, lr=0.5), torch.optim.SGD(others, lr=0.5)]
 
 
-def _variant(*, zero=True, clips=True, first_only=False, shift=False):
-    def step(model, inputs, targets, optimisers, *, n_passes=None, clip=1.0):
-        logits = model(inputs, n_passes)
-        if shift:
-            logits, targets = logits[:, :-1], targets[:, 1:]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def _variant(*, zero=True, zero_each=False, n_losses=None, clips=True, first_only=False, step_each=False):
+    def step(model, losses, optimisers, *, clip=1.0):
+        values = []
         if zero:
             model.zero_grad()
-        loss.backward()
+        for compute in losses[:n_losses]:
+            if zero_each:
+                model.zero_grad()
+            loss = compute()
+            loss.backward()
+            values.append(loss.item())
+            if step_each:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+                for optimiser in optimisers:
+                    optimiser.step()
         if clips:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for optimiser in optimisers[:1] if first_only else optimisers:
+        for optimiser in [] if step_each else optimisers[:1] if first_only else optimisers:
             optimiser.step()
-        return loss.item()
+        return values
 
     return step

@@ -1,0 +1,205 @@
+"""Checks of 10_thinking."""
+
+import importlib
+import math
+
+import torch
+
+from . import checks, expect, expect_close, expect_raises, reference
+
+
+def _model(**changes):
+    small = dict(vocab_size=9, dim=8, n_heads=2, hidden_dim=8, n_passes=2, context_length=6, halting="settled")
+    model = importlib.import_module("mythoslab.model")
+    return model.Mythos(model.MythosConfig(**{**small, **changes}))
+
+
+@checks("Stopper")
+def stopper(Stopper):
+    model = _model()
+    with torch.no_grad():
+        for weight in model.halting.parameters():
+            weight.normal_(0, 0.3)
+    states = torch.randn(6, 4, 8)  # six passes of four tokens
+    at = torch.tensor([0, 1, 1, 0]), torch.tensor([2, 0, 2, 1])
+
+    def verdicts(kind, rule, threshold):
+        part = kind(model, rule, threshold, (2, 3))
+        return torch.stack([part.stops(after, before, at) for before, after in zip(states, states[1:])])
+
+    halts = torch.stack([model.halting.step(after, before) for before, after in zip(states, states[1:])])
+    passed = 1 - (1 - halts).cumprod(0)
+    moved = (states[1:] - states[:-1]).norm(dim=-1)
+    share = moved / states[1:].norm(dim=-1)
+    typical = share.flatten().sort().values[9:11].mean().item()
+    middle = halts.flatten().sort().values[9:11].mean().item()  # half of them stop
+    swapped = torch.stack([model.halting.step(before, after) for before, after in zip(states, states[1:])])
+    cases = {
+        "settled": (
+            middle,
+            "'settled' stops where the head's probability is above the threshold.",
+            {
+                "'settled' stops where the head is unsure: it says 1 where the answer will not change.": halts < middle,
+                "The head gets the two states the wrong way round: first the one after the pass.": swapped > middle,
+                "'settled' looks at one pass alone: nothing adds up.": passed > middle,
+            },
+        ),
+        "accumulate": (
+            0.8,
+            "'accumulate' stops where acc ← acc + p · (1 − acc) reaches the threshold.",
+            {
+                "'accumulate' adds only what is left: p · (1 − acc), not p.": halts.cumsum(0) >= 0.8,
+                "'accumulate' forgets what earlier passes gave: keep it in self.paid, at these tokens.": halts >= 0.8,
+            },
+        ),
+        "act": (
+            0.8,
+            "'act' stops where the sum of the probabilities reaches the threshold.",
+            {"'act' adds the probabilities themselves, not p · (1 − acc).": passed >= 0.8},
+        ),
+        "ponder": (
+            0.5,
+            "'ponder' stops where half of the halting distribution has passed.",
+            {"'ponder' is 'accumulate' with another threshold: p · (1 − acc) adds up.": halts.cumsum(0) >= 0.5},
+        ),
+        "converge": (
+            typical,
+            "'converge' stops where the change is below this share of the state.",
+            {
+                "'converge' compares the change itself: divide by the size of the state.": moved < typical,
+                "'converge' stops where much has changed: it should be little.": share >= typical,
+            },
+        ),
+        "none": (1.0, "'none' never stops.", {}),
+    }
+    for rule, (threshold, sentence, mistakes) in cases.items():
+        expect_close(
+            verdicts(Stopper, rule, threshold).float(),
+            verdicts(reference("thinking").Stopper, rule, threshold).float(),
+            sentence,
+            mistakes={cause: wrong.float() for cause, wrong in mistakes.items()},
+        )
+    part = Stopper(model, "accumulate", None, (2, 3))
+    for before, after in zip(states, states[1:]):
+        part.stops(after, before, at)
+    others = torch.ones(2, 3, dtype=torch.bool)
+    others[at] = False
+    expect(
+        not bool(part.paid[others].any()),
+        "Tokens that were not asked about have paid too: write to self.paid at these tokens alone.",
+    )
+    expect(
+        Stopper(model, "settled", None, (1, 1)).threshold == 0.9,
+        "Without a threshold that of RULES should hold: ask 'is None'.",
+    )
+    headless = _model(halting="none")
+    expect_raises(ValueError, lambda: Stopper(model, "never", None, (1, 1)), "An unknown rule should raise a ValueError.")
+    expect_raises(
+        ValueError,
+        lambda: Stopper(headless, "settled", None, (1, 1)),
+        "A rule that reads the head should raise a ValueError where the model has none.",
+    )
+
+
+@checks("Gathered")
+def gathered(Gathered):
+    cache = importlib.import_module("mythoslab.mla").LatentCache
+
+    def told(kind, n_slots=3):
+        """Three passes of two sequences, of which fewer and fewer tokens think; what is told, and what is kept."""
+        numbers = torch.Generator().manual_seed(0)
+        memory = kind(cache(2, 4, 2, n_slots=n_slots))
+        memory.memory[:, :, 0] = torch.arange(1.0, n_slots + 1).view(n_slots, 1, 1)  # an earlier token, another at every pass
+        memory.n_seen, answers = 3, []
+        everybody = torch.tensor([[1, 2], [1, 2]])
+        thinking = [([0, 1], [[1, 2], [1, 2]]), ([0, 1], [[2], [1]]), ([1], [[1]])]
+        for pass_index, (rows, places) in enumerate(thinking):
+            if pass_index:
+                memory.carry(pass_index, torch.tensor([[0], [1]]), everybody)
+            memory.rows, memory.places = torch.tensor(rows), torch.tensor(places)
+            answers.append(memory.write(torch.randn(*memory.places.shape, 2, generator=numbers), pass_index).clone())
+        return answers, memory.memory.clone()
+
+    class NoCarry(reference("thinking").Gathered):
+        def carry(self, pass_index, rows, places):
+            pass
+
+    class CarriesAll(reference("thinking").Gathered):
+        def carry(self, pass_index, rows, places):
+            self.slot(pass_index).copy_(self.slot(pass_index - 1))
+
+    class OneSlot(reference("thinking").Gathered):
+        def slot(self, pass_index):
+            return self.memory[0]
+
+    class SeesAll(reference("thinking").Gathered):
+        def write(self, new, pass_index):
+            seen, self.n_seen = self.n_seen, self.memory.shape[2]
+            answer = super().write(new, pass_index)
+            self.n_seen = seen
+            return answer
+
+    answers, kept = told(Gathered)
+    wanted, wanted_kept = told(reference("thinking").Gathered)
+    wrong = {
+        "Tokens that have stopped show nothing at later passes: carry copies what they showed before.": NoCarry,
+        "carry copies earlier tokens too, which have slots of their own: copy at these rows and places alone.": CarriesAll,
+        "Every pass writes to the same slot: pass r has slot r, and those beyond share the last.": OneSlot,
+        "Positions that nobody has filled are shown: return the first n_seen.": SeesAll,
+    }
+    made = {cause: told(kind) for cause, kind in wrong.items()}
+    expect_close(
+        kept,
+        wanted_kept,
+        "What is kept is off: write at rows and places of this pass, in its own slot.",
+        mistakes={cause: told_wrong[1] for cause, told_wrong in made.items()},
+    )
+    for number, (got, needed) in enumerate(zip(answers, wanted)):
+        expect(len(got) == len(needed), "Sequences in which nobody thinks are returned too: return self.rows alone.")
+        expect_close(
+            got,
+            needed,
+            "What is shown is off: return these rows up to n_seen.",
+            mistakes={cause: told_wrong[0][number] for cause, told_wrong in made.items()},
+        )
+    few, needed = told(Gathered, n_slots=1)[0], told(reference("thinking").Gathered, n_slots=1)[0]
+    expect_close(few[2], needed[2], "With fewer slots than passes the later ones share the last: min(pass_index, slots − 1).")
+
+
+@checks("nucleus")
+def nucleus(nucleus):
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.1])
+    given = logits.clone()
+    order = logits.argsort(descending=True)
+    chances = logits.softmax(-1)
+
+    def keeping(count):
+        return torch.full((5,), -math.inf).index_copy(0, order[:count], logits[order[:count]])
+
+    def finite(x):
+        return torch.where(x.isfinite(), x, torch.full_like(x, -99.0))
+
+    for top_p in (0.5, 0.7, 0.9, 1.0):
+        sums = chances[order].cumsum(0)
+        enough = int((sums < top_p - 1e-6).sum()) + 1
+        got = nucleus(logits, top_p)
+        zeros = torch.where(keeping(enough).isfinite(), logits, 0.0)
+        expect_close(
+            finite(got),
+            finite(keeping(enough)),
+            "Keep the fewest tokens whose chances reach top_p, and give the others minus infinity.",
+            mistakes={
+                "One token too few is left: the one that reaches top_p belongs to them.": finite(keeping(enough - 1)),
+                "One token too many is left: stop with the one that reaches top_p.": finite(keeping(min(5, enough + 1))),
+                "The logits come back in sorted order: scatter them to where they came from.": finite(keeping(enough)[order]),
+                "The others get 0, which is a chance like any other: use minus infinity.": finite(zeros),
+                "Chances come back in place of logits: leave what is kept as it was.": finite(
+                    torch.where(keeping(enough).isfinite(), chances, -math.inf)
+                ),
+            },
+        )
+    expect(torch.equal(logits, given), "You change the logits that were handed in.")
+    sure = nucleus(torch.tensor([9.0, 0.0, 0.0]), 0.1)
+    expect(sure.isfinite().sum() == 1, "The likeliest token is always left, however small top_p is.")
+    expect_raises(ValueError, lambda: nucleus(logits, 0.0), "top_p=0 leaves no token: raise a ValueError.")
+    expect_raises(ValueError, lambda: nucleus(logits, 1.5), "top_p above 1 should raise a ValueError.")

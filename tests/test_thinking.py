@@ -1,0 +1,345 @@
+"""mythoslab.thinking: only the passes that are needed, the same numbers, writing with cache and early exit, and its checks."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mythoslab.classroom.checks import reference
+from mythoslab.model import CHOICES, Mythos, MythosConfig
+from mythoslab.model import generate as generate_by_passes
+from mythoslab.questions import Tokenizer
+from mythoslab.thinking import (
+    RULES,
+    Gathered,
+    Reader,
+    Stopper,
+    generate,
+    nucleus,
+    strip_html,
+    strip_terminal,
+    think,
+    write_text,
+)
+from tests.mistakes import mistakes_are_named
+
+SMALL = MythosConfig(vocab_size=31, dim=16, n_heads=4, hidden_dim=24, n_passes=2, context_length=24, halting="settled")
+COUNTS = torch.tensor([11, 3, 7, 11, 1])
+
+configs = st.builds(
+    lambda **kinds: replace(SMALL, n_kv_heads=2, expert_dim=8, n_routed_experts=4, lora_rank=2, **kinds),
+    n_prelude=st.integers(0, 2),
+    n_core=st.integers(1, 2),
+    n_coda=st.integers(0, 2),
+    core_positions=st.sampled_from(CHOICES["core_positions"]),
+    token_shift=st.booleans(),
+    attention=st.sampled_from(("mha", "gqa", "mla")),
+    kv_lora_rank=st.just(6),
+    qk_nope_head_dim=st.just(3),
+    qk_rope_head_dim=st.just(2),
+    v_head_dim=st.sampled_from((4, 5)),
+    qk_norm=st.booleans(),
+    ffn=st.sampled_from(CHOICES["ffn"]),
+    injection=st.sampled_from(CHOICES["injection"]),
+    pass_adapter=st.sampled_from(CHOICES["pass_adapter"]),
+)
+rules = st.sampled_from([("settled", 0.6), ("accumulate", 0.99), ("act", 0.99), ("ponder", 0.5), ("converge", 0.4), ("none", None)])
+
+
+def lively(config, seed=0):
+    """A model in float64 whose tokens differ, and stop after different numbers of passes."""
+    torch.manual_seed(seed)
+    model = Mythos(config).double().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(0, 1.5) if "halting" in name else weight.mul_(1.5)
+    return model
+
+
+@settings(deadline=None, max_examples=40)
+@given(configs, rules, st.integers(0, 99))
+def test_only_the_passes_that_are_needed_give_the_numbers_of_all_passes(config, rule, seed):
+    model, tokens = lively(config, seed), torch.randint(31, (5, 11))
+    thought = think(model, tokens, max_passes=5, rule=rule[0], threshold=rule[1], counts=COUNTS)
+    real = torch.arange(11) < COUNTS.unsqueeze(1)
+    assert (thought.passes[real] >= 1).all() and (thought.passes <= 5).all() and (thought.passes[~real] == 0).all()
+    with torch.inference_mode():
+        masked = model(tokens, thought.passes.clamp(min=1)).logits
+    assert torch.allclose(thought.logits[real], masked[real], atol=1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(configs, rules, st.integers(0, 99))
+def test_a_sequence_thinks_and_writes_the_same_alone_and_in_a_batch(config, rule, seed):
+    model, tokens = lively(config, seed), torch.randint(31, (5, 11))
+    options = dict(max_passes=4, rule=rule[0], threshold=rule[1])
+    together = think(model, tokens, counts=COUNTS, **options)
+    prompts = [row[:count] for row, count in zip(tokens, COUNTS.tolist())]
+    drawing = dict(temperature=0.9, top_k=20, top_p=0.9, seed=3)
+    written = list(generate(model, prompts, 5, **options, **drawing))
+    for number, prompt in enumerate(prompts):
+        alone = think(model, prompt.unsqueeze(0), **options)
+        assert torch.equal(alone.passes[0], together.passes[number, : len(prompt)])
+        assert torch.allclose(alone.logits[0], together.logits[number, : len(prompt)], atol=1e-9)
+        steps = list(generate(model, prompt, 5, **options, **drawing))
+        assert [step[0] for step in steps] == [step[number] for step in written]
+
+
+@settings(deadline=None, max_examples=25)
+@given(configs, rules, st.integers(0, 99))
+def test_writing_with_a_cache_thinks_what_reading_anew_thinks(config, rule, seed):
+    model, text = lively(config, seed), torch.randint(31, (4,)).tolist()
+    options = dict(max_passes=4, rule=rule[0], threshold=rule[1])
+    for (written,) in generate(model, torch.tensor(text), 8, temperature=0, **options):
+        anew = think(model, torch.tensor([text]), **options)
+        assert written.token == anew.logits[0, -1].argmax() and written.passes == anew.passes[0, -1]
+        text.append(written.token)
+
+
+def test_without_a_rule_every_token_has_all_passes_and_writes_as_in_notebook_08():
+    torch.manual_seed(0)
+    model = Mythos(SMALL).eval()
+    thought = think(model, torch.randint(31, (2, 9)), max_passes=3, rule="none")
+    assert (thought.passes == 3).all()
+    ours = [step[0].token for step in generate(model, torch.tensor([1, 2]), 9, max_passes=2, rule="none", temperature=0)]
+    assert ours == list(generate_by_passes(model, torch.tensor([1, 2]), 9, temperature=0))
+
+
+def test_tokens_that_stop_are_not_computed():
+    model = lively(SMALL)
+    rows = []
+    one_pass = model.core.one_pass
+    model.core.one_pass = lambda state, *rest: rows.append(state.shape[0] * state.shape[1]) or one_pass(state, *rest)
+    thought = think(model, torch.randint(31, (4, 12)), max_passes=6, rule="settled", threshold=0.6)
+    assert len(rows) == thought.passes.max() and rows[0] == 48
+    thinking = [(thought.passes > number).sum(1) for number in range(len(rows))]
+    assert rows == [int((some > 0).sum() * some.max()) for some in thinking] and min(rows) < 48
+
+
+def test_a_full_context_forgets_its_older_half_and_goes_on():
+    model = lively(SMALL)
+    text = torch.randint(31, (20,)).tolist()
+    steps = [step[0] for step in generate(model, torch.tensor(text), 12, max_passes=3, temperature=0)]
+    window = list(text)
+    for number, written in enumerate(steps):
+        if number and len(window) > 24:
+            window = window[-12:]
+        anew = think(model, torch.tensor([window]), max_passes=3)
+        assert written.token == anew.logits[0, -1].argmax()
+        window.append(written.token)
+    assert len(steps) == 12
+
+
+def test_a_long_prompt_is_refused_or_trimmed_on_request():
+    model, prompt = lively(SMALL), torch.randint(31, (30,))
+    with pytest.raises(ValueError, match="prompt tokens is 30.*1 to 24.*trim"):
+        generate(model, prompt, 3)
+    trimmed = [step[0] for step in generate(model, prompt, 3, temperature=0, trim=True)]
+    assert trimmed == [step[0] for step in generate(model, prompt[-24:], 3, temperature=0)]
+
+
+def test_the_seed_decides_and_nothing_else():
+    model, prompt = lively(SMALL), torch.tensor([1, 2, 3])
+
+    def written(seed):
+        return [step[0].token for step in generate(model, prompt, 12, seed=seed, temperature=2.0)]
+
+    assert written(1) == written(1) != written(2)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(max_passes=0), "max_passes is 0"),
+        (dict(rule="soon"), "rule is 'soon'.*settled"),
+        (dict(threshold=0.0), "threshold is 0.0"),
+        (dict(n_new=-1), "n_new is -1"),
+        (dict(temperature=-1.0), "temperature is -1"),
+        (dict(top_k=0), "top_k is 0"),
+        (dict(top_p=0.0), "top_p is 0"),
+        (dict(top_p=1.1), "top_p is 1.1"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(tokens=[]), "number of prompts is 0"),
+        (dict(tokens=torch.zeros(0, dtype=torch.long)), "prompt tokens is 0"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(options, named):
+    arguments = {"tokens": torch.tensor([1, 2]), "n_new": 3, **options}
+    with pytest.raises(ValueError, match=named):
+        generate(lively(SMALL), **arguments)
+
+
+def test_a_rule_that_reads_a_head_is_refused_without_one():
+    with pytest.raises(ValueError, match="'settled'.*no halting head"):
+        think(Mythos(replace(SMALL, halting="none")), torch.zeros(1, 2, dtype=torch.long), max_passes=2)
+
+
+def test_tokens_beyond_the_context_are_named():
+    reader = Reader(lively(SMALL), max_passes=2)
+    reader.read(torch.zeros(1, 20, dtype=torch.long))
+    with pytest.raises(ValueError, match="number of tokens is 25.*24"):
+        reader.read(torch.zeros(1, 5, dtype=torch.long))
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=9), st.floats(0.01, 1.0))
+def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(numbers, top_p):
+    logits = torch.tensor(numbers, dtype=torch.float64)
+    left = nucleus(logits, top_p)
+    chances, kept = logits.softmax(-1), left.isfinite()
+    assert kept.any() and torch.equal(left[kept], logits[kept])
+    assert chances[kept].sum() >= top_p - 1e-9
+    assert chances[kept].sum() - chances[kept].min() < top_p + 1e-9
+    assert not (~kept).any() or chances[~kept].max() <= chances[kept].min() + 1e-12
+
+
+def test_text_comes_in_whole_characters_and_ends_before_a_stop_string():
+    text = "ab cd ä ; ef gh " * 40
+    tokenizer = Tokenizer.train(text, 280)
+    model = lively(replace(SMALL, vocab_size=tokenizer.vocab_size))
+    pieces = list(write_text(model, tokenizer, "ab cd", 12, seed=1))
+    told = "".join(piece.text for piece in pieces)
+    tokens = [step[0] for step in generate(model, tokenizer.encode("ab cd"), 12, seed=1)]
+    assert told == tokenizer.decode([written.token for written in tokens])
+    assert sum((piece.passes for piece in pieces), []) == [written.passes for written in tokens]
+    stop = told[len(told) // 2 : len(told) // 2 + 2]
+    cut = "".join(piece.text for piece in write_text(model, tokenizer, "ab cd", 12, seed=1, stop=[stop]))
+    assert cut == told[: told.index(stop)]
+
+
+def test_strips_show_every_piece_and_darken_with_the_passes():
+    pieces, passes = ["a<b", " c\n", "d"], [1, 5, 9]
+    shown = strip_html(pieces, passes)
+    assert "a&lt;b" in shown and "⏎<br>" in shown and 'title="5 passes"' in shown
+    light = [int(part.split("%)")[0]) for part in shown.split("85% ")[1:]]
+    assert light == sorted(light, reverse=True) and len(set(light)) == 3
+    assert all(piece in strip_terminal(pieces, passes) for piece in pieces)
+
+
+# Mistakes that learners make, and a word of the sentence that names each.
+
+
+class Fearless(Stopper):
+    def stops(self, state, before, at):
+        return ~super().stops(state, before, at) if self.rule == "settled" else super().stops(state, before, at)
+
+
+class LooksBack(Stopper):
+    def stops(self, state, before, at):
+        return super().stops(before, state, at) if self.rule == "settled" else super().stops(state, before, at)
+
+
+class Forgets(Stopper):
+    def stops(self, state, before, at):
+        verdict = super().stops(state, before, at)
+        self.paid.zero_()
+        return verdict
+
+
+class AddsAll(Stopper):
+    def stops(self, state, before, at):
+        rule, self.rule = self.rule, "act" if self.rule == "accumulate" else self.rule
+        verdict = super().stops(state, before, at)
+        self.rule = rule
+        return verdict
+
+
+class PaysForAll(Stopper):
+    def stops(self, state, before, at):
+        verdict = super().stops(state, before, at)
+        if self.rule == "accumulate":
+            self.paid = self.paid + 1e-9
+        return verdict
+
+
+class AbsoluteChange(Stopper):
+    def stops(self, state, before, at):
+        if self.rule == "converge":
+            return (state - before).norm(dim=-1) < self.threshold
+        return super().stops(state, before, at)
+
+
+class ZeroThreshold(Stopper):
+    def __init__(self, model, rule, threshold, shape):
+        super().__init__(model, rule, threshold or 0.5, shape)
+
+
+class NoCarry(Gathered):
+    def carry(self, pass_index, rows, places):
+        pass
+
+
+class CarriesAll(Gathered):
+    def carry(self, pass_index, rows, places):
+        self.slot(pass_index).copy_(self.slot(pass_index - 1))
+
+
+class OneSlot(Gathered):
+    def slot(self, pass_index):
+        return self.memory[0]
+
+
+class AllRows(Gathered):
+    def write(self, new, pass_index):
+        super().write(new, pass_index)
+        return self.slot(pass_index)[:, : self.n_seen]
+
+
+class NeverShares(Gathered):
+    def slot(self, pass_index):
+        return self.memory[pass_index % len(self.memory)] if len(self.memory) > 1 else self.memory[pass_index]
+
+
+def too_few(logits, top_p):
+    ordered, order = logits.sort(descending=True)
+    out = ordered.softmax(-1).cumsum(-1) >= top_p
+    return torch.empty_like(logits).scatter(-1, order, ordered.masked_fill(out, -math.inf))
+
+
+def keeps_zeros(logits, top_p):
+    left = nucleus(logits, top_p)
+    return torch.where(left.isfinite(), left, 0.0)
+
+
+def stays_sorted(logits, top_p):
+    return nucleus(logits, top_p).sort(descending=True).values
+
+
+def hands_back_chances(logits, top_p):
+    return torch.where(nucleus(logits, top_p).isfinite(), logits.softmax(-1), -math.inf)
+
+
+def takes_anything(logits, top_p):
+    return nucleus(logits, min(max(top_p, 1e-6), 1.0))
+
+
+MISTAKES = [
+    ("Stopper", Fearless, "head is unsure"),
+    ("Stopper", LooksBack, "wrong way round"),
+    ("Stopper", Forgets, "forgets what earlier passes gave"),
+    ("Stopper", AddsAll, "adds only what is left"),
+    ("Stopper", PaysForAll, "have paid too"),
+    ("Stopper", AbsoluteChange, "divide by the size of the state"),
+    ("Stopper", ZeroThreshold, "ask 'is None'"),
+    ("Gathered", NoCarry, "carry copies what they showed before"),
+    ("Gathered", CarriesAll, "copies earlier tokens too"),
+    ("Gathered", OneSlot, "writes to the same slot"),
+    ("Gathered", AllRows, "nobody thinks are returned too"),
+    ("Gathered", NeverShares, "IndexError"),
+    ("nucleus", too_few, "One token too few"),
+    ("nucleus", keeps_zeros, "use minus infinity"),
+    ("nucleus", stays_sorted, "sorted order"),
+    ("nucleus", hands_back_chances, "Chances come back"),
+    ("nucleus", takes_anything, "top_p=0 leaves no token"),
+]
+
+test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
+    MISTAKES, [Stopper, Gathered, nucleus]
+)
+
+
+def test_every_rule_has_a_threshold_and_the_reference_knows_it():
+    assert set(RULES) >= {"settled", "accumulate", "act", "ponder", "converge", "none"}
+    assert reference("thinking").RULES == RULES
