@@ -842,7 +842,8 @@ def _open_mythos(
 
 # fmt: off
 PRESETS = {
-    "tiny": MythosConfig(vocab_size=4096, n_passes=3, context_length=128),
+    "tiny": MythosConfig(vocab_size=2048, dim=128, n_heads=4, hidden_dim=384, n_passes=4, context_length=128, qk_norm=True,
+        core_positions="half", token_shift=True),
     "course": MythosConfig(
         vocab_size=2048, dim=128, n_heads=4, hidden_dim=384, n_passes=6, context_length=128, qk_norm=True,
         core_positions="half", token_shift=True, halting="settled",

@@ -1184,7 +1184,7 @@ def continuation(
 
 # %% ../notebooks/09_training.ipynb #train-preset
 TRAINING = {
-    "tiny": TrainConfig(n_steps=500, batch_size=8, question_batch=8, n_facts=(4, 12), max_depth=3, learning_rate=0.006, halting_steps=0),
+    "tiny": TrainConfig(n_steps=800, batch_size=6, question_batch=32, n_facts=(4, 10), n_asked=8, max_depth=3, learning_rate=0.006, decay=0.4),
     "course": TrainConfig(n_steps=6000, batch_size=4, question_batch=24, n_facts=(6, 24), n_passes=(2, 3, 4, 5, 6), halting_steps=300),
 }
 _text_alone = replace(TRAINING["course"], question_batch=0, n_passes=(), halting_steps=0)
