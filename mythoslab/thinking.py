@@ -9,12 +9,10 @@ __all__ = ['RULES', 'Stopper', 'Gathered', 'Reader', 'think', 'nucleus', 'Writte
 # %% ../notebooks/10_thinking.ipynb #imports
 import html
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
