@@ -139,22 +139,24 @@ class Reader:
 
         Args:
             tokens: New ones, the same number for each sequence, or filled up behind.
-            counts: How many of them count; all by default. What is said of the others means nothing.
+            counts: How many of them count, ≥ 1; all by default. What is said of the others means nothing.
 
         Raises:
-            ValueError: They do not fit into the context.
+            ValueError: They do not fit into the context, or a sequence has none.
         """
         model, device = self.model, self.lengths.device
         tokens = tokens.to(device)
         batch_size, n_new = tokens.shape
         counts = torch.full((batch_size,), n_new, device=device) if counts is None else counts.to(device)
+        require(int(counts.min()) >= 1, "the smallest of counts", int(counts.min()), "at least 1")
         context = model.config.context_length
         longest = int((self.lengths + counts).max())
         require(longest <= context, "the number of tokens", longest, f"at most {context}, the context")
         rows = torch.arange(batch_size, device=device)
         offsets = torch.arange(n_new, device=device)
-        places = (self.lengths.unsqueeze(1) + offsets).clamp(max=context - 1)  # (batch, position)
         real = offsets < counts.unsqueeze(1)
+        # What only fills up repeats the first new token of its row, place and all, and so writes nothing of its own.
+        places = self.lengths.unsqueeze(1) + torch.where(real, offsets, 0)  # (batch, position)
 
         inputs = self._inputs(tokens, rows, places, real)
         state, passes = inputs, torch.zeros_like(tokens)
@@ -171,6 +173,7 @@ class Reader:
             for memory in memories:
                 memory.carry(later, rows.unsqueeze(1), places)
 
+        state = _fill_up(state, real)
         for block, memory in zip(model.coda, self._memories(self.cache.coda, rows, places)):
             state = block(state, 0, memory)
         self.cache.tokens[rows.unsqueeze(1).expand_as(places)[real], places[real]] = tokens[real]
@@ -178,13 +181,14 @@ class Reader:
         return Thought(model.head(model.norm(state)), passes, None)
 
     def _inputs(self, tokens: Tensor, rows: Tensor, places: Tensor, real: Tensor) -> Tensor:
-        """The tokens after the prelude; those that only fill up stand at the place of the last real one, and are overwritten."""
+        """The tokens after the prelude."""
         model = self.model
         x = model.embedding_norm(model.embedding(tokens))
         if model.token_shift is not None:
             last = self.cache.tokens[rows, (self.lengths - 1).clamp(min=0)]
             first = model.embedding_norm(model.embedding(last)) * (self.lengths > 0).unsqueeze(1)
             x = model.token_shift(x, first.unsqueeze(1))
+        x = _fill_up(x, real)
         for block, memory in zip(model.prelude, self._memories(self.cache.prelude, rows, places)):
             x = block(x, 0, memory)
         return model.prelude_norm(x)
@@ -209,6 +213,11 @@ class Reader:
         since = before[picked] if pass_index else torch.zeros_like(before[picked])
         thinking[at] = ~stopper.stops(after[picked], since, at)
         return state
+
+
+def _fill_up(x: Float[Tensor, "batch position dim"], real: Bool[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
+    """Let what only fills up repeat the first token of its row."""
+    return torch.where(real.unsqueeze(-1), x, x.narrow(1, 0, 1))
 
 # %% ../notebooks/10_thinking.ipynb #think
 def think(
@@ -391,6 +400,7 @@ def write_text(
             yield Piece(unsaid + tokenizer.decode(waiting), passes)
 
     return pieces()
+
 
 def _may_be_begun(text: str, stop: Sequence[str]) -> int:
     """Length of the longest end of a text that a stop string could begin with."""

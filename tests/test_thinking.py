@@ -343,3 +343,24 @@ test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_
 def test_every_rule_has_a_threshold_and_the_reference_knows_it():
     assert set(RULES) >= {"settled", "accumulate", "act", "ponder", "converge", "none"}
     assert reference("thinking").RULES == RULES
+
+
+@pytest.mark.parametrize("attention", ["mha", "mla"])
+def test_pieces_of_unequal_length_are_read_as_alone_up_to_the_end_of_the_context(attention):
+    kinds = dict(kv_lora_rank=6, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=4)
+    model = lively(replace(SMALL, attention=attention, token_shift=True, **kinds))
+    tokens = torch.randint(31, (2, 24))
+    reader = Reader(model, 2, max_passes=4, rule="settled", threshold=0.6)
+    read = torch.tensor([0, 0])
+    for counts in (torch.tensor([20, 3]), torch.tensor([3, 10]), torch.tensor([1, 6])):  # the first fills its context
+        new = torch.stack([torch.nn.functional.pad(row, (0, 24))[start : start + 10 + 10] for row, start in zip(tokens, read)])
+        thought, read = reader.read(new[:, : int(counts.max())], counts), read + counts
+        for row in range(2):
+            alone = think(model, tokens[row : row + 1, : read[row]], max_passes=4, threshold=0.6)
+            got = thought.logits[row, : counts[row]]
+            assert torch.allclose(got, alone.logits[0, -counts[row] :], atol=1e-9)
+
+
+def test_a_sequence_without_a_new_token_is_named():
+    with pytest.raises(ValueError, match="counts is 0"):
+        think(lively(SMALL), torch.zeros(2, 3, dtype=torch.long), max_passes=2, counts=torch.tensor([3, 0]))
