@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text")
     command.set_defaults(run=_ask)
 
+    command = commands.add_parser("evidence", help="train and measure many small models, to put the claims of the course on trial")
+    command.add_argument("--only", metavar="GROUP", help="depth, parts, failure, chains or text; all by default")
+    command.add_argument("--seeds", type=int, default=3, metavar="N", help="models of each trial, 3 by default")
+    command.add_argument("--out", default="runs/evidence.jsonl", metavar="FILE", help="results; what is in it is not run again")
+    command.set_defaults(run=_evidence)
+
     command = commands.add_parser("export", help="write the package's modules from the notebooks")
     command.add_argument("--check", action="store_true", help="write nothing; fail if they differ")
     command.set_defaults(run=_export)
@@ -193,6 +199,12 @@ def _ask(options):
     if counts:
         mean = sum(counts) / len(counts)
         print(f"passes of a token: {mean:.1f} on average, {min(counts)} to {max(counts)}", file=sys.stderr)
+
+
+def _evidence(options):
+    from .classroom.evidence import evidence
+
+    evidence(options.out, options.only, options.seeds)
 
 
 def _export(options):

@@ -1,0 +1,551 @@
+"""The trials behind notebook 12: many small models, each trained, measured and written down once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..model import Core, Mythos, MythosConfig, initialise
+from ..moe import MixtureOfExperts
+from ..questions import Tokenizer, forest, reference_documents, require, split, text_batches, two_chains
+from ..thinking import think
+from ..training import Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, held_out_bits, optimisers
+from ..training import question_words, schedule, settled, training_step
+from .course import UserError, shown
+
+LABELS, COLOURS = 80, 8
+DEPTH = 5  # links of the longest questions in training
+SEEDS = 3
+TASKS = {
+    "facts": "one token for each fact, then the questions, read from left to right",
+    "chains": "the same written in words, through the tokenizer",
+    "text": "the Python reference",
+}
+MODELS = {
+    "facts": dict(
+        vocab_size=LABELS + COLOURS, dim=64, n_heads=2, hidden_dim=128, n_prelude=0, n_coda=0, n_passes=6, context_length=256,
+        core_positions="none", qk_norm=True, tie_embeddings=False, halting="settled",
+    ),
+    "chains": dict(
+        vocab_size=2048, dim=128, n_heads=4, hidden_dim=256, n_prelude=1, n_coda=0, n_passes=6, context_length=256,
+        core_positions="half", qk_norm=True, token_shift=True, halting="settled",
+    ),
+    "text": dict(vocab_size=2048, dim=128, n_heads=4, hidden_dim=384, n_passes=4, context_length=128, token_shift=True, halting="act"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model to train: how it differs from the others of its task.
+
+    Args:
+        name: Of the row in tables.
+        task: One of :data:`TASKS`.
+        model: What its configuration changes in that of :data:`MODELS`.
+        n_steps: Steps of training.
+        taught: ``"links"``, every pass what is one link further; ``"answers"``, every pass the answer; ``"answer"``, only the last pass.
+        answers: From the ``"last"`` state, or from the ``"mean"`` of all, weighted by the halting head (adaptive computation time).
+        passes: Of every step; 0 to draw them anew at each.
+        curriculum: Begin with one link, and go one further whenever nineteen of twenty are right.
+        n_facts: Most facts of a list in training.
+        core: ``"ours"``; ``"stack"``, a block for every pass; ``"theirs"``, the update of OpenMythos; ``"no index"``, that without the
+            number of the pass.
+        seed: Of weights and questions.
+    """
+
+    name: str
+    task: str = "facts"
+    model: dict = field(default_factory=dict)
+    n_steps: int = 1600
+    taught: str = "links"
+    answers: str = "last"
+    passes: int = 0
+    curriculum: bool = True
+    n_facts: int = 64
+    core: str = "ours"
+    seed: int = 0
+
+    @property
+    def config(self) -> MythosConfig:
+        return MythosConfig(**{**MODELS[self.task], **self.model})
+
+    @property
+    def key(self) -> str:
+        """What makes it the same trial, later and elsewhere."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+_mla = dict(attention="mla", kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=2, v_head_dim=32)
+_moe = dict(ffn="moe", expert_dim=64, n_routed_experts=4, n_experts_per_token=2)
+_lora = dict(pass_adapter="lora", n_passes=2)  # later passes hold the second, in training too
+_theirs = dict(taught="answer", answers="mean", passes=8, core="theirs")
+_as_theirs = dict(qk_norm=False, pass_adapter="lora", n_passes=8)
+_chains = dict(task="chains", n_steps=1500, n_facts=24)
+_text = dict(task="text", n_steps=300, taught="answer")
+
+#: What `mythoslab evidence` trains, by the question that it answers.
+GROUPS = {
+    "depth": (
+        Trial("ours"),
+        Trial("with MLA", model=_mla, n_steps=2200),
+        Trial("with experts", model=_moe),
+        Trial("with LoRA", model=_lora),
+        Trial("with all three", model=_mla | _moe | _lora, n_steps=1900),
+    ),
+    "parts": (
+        Trial("LTI injection", model=dict(injection="lti")),
+        Trial("free linear injection", model=dict(injection="linear")),
+        Trial("no injection", model=dict(injection="none")),
+        Trial("pass embedding", model=dict(pass_adapter="embedding")),
+        Trial("LoRA for six passes", model=dict(pass_adapter="lora")),
+        Trial("six blocks", model=dict(n_core=6, n_passes=1), core="stack", passes=6),
+        Trial("one block, one pass", model=dict(n_passes=1), taught="answer", passes=1),
+    ),
+    "failure": (
+        Trial("theirs", **_theirs, model=_as_theirs),
+        Trial("theirs, last state", **_theirs | dict(answers="last"), model=_as_theirs),
+        Trial("+ passes drawn", **_theirs | dict(passes=0), model=_as_theirs),
+        Trial("+ last state", **_theirs | dict(passes=0, answers="last"), model=_as_theirs),
+        Trial("+ passes alike", **_theirs | dict(passes=0, answers="last", core="no index"), model=dict(qk_norm=False)),
+        Trial("+ normed state", taught="answer", model=dict(qk_norm=False)),
+        Trial("+ every pass taught", taught="answers", model=dict(qk_norm=False)),
+        Trial("+ one link taught", model=dict(qk_norm=False)),
+    ),
+    "chains": (
+        Trial("ours", **_chains),
+        Trial("only the answer taught", **_chains | dict(taught="answers")),
+        Trial("queries and keys not normed", **_chains, model=dict(qk_norm=False)),
+        Trial("half as wide", **_chains, model=dict(dim=64, hidden_dim=128)),
+        Trial("at most twelve facts", **_chains | dict(n_facts=12)),
+    ),
+    "text": (
+        Trial("theirs", **_text | _theirs, model=_as_theirs),
+        Trial("theirs, last state", **_text | _theirs | dict(answers="last"), model=_as_theirs),
+        Trial("+ passes drawn", **_text | _theirs | dict(passes=0), model=_as_theirs),
+        Trial("+ last state", **_text | _theirs | dict(passes=0, answers="last"), model=_as_theirs),
+        Trial("ours", **_text),
+        Trial("as many weights, no loop", **_text, passes=1, model=dict(n_passes=1)),
+        Trial("as much work, no loop", **_text, passes=1, model=dict(n_passes=1, n_core=4)),
+        Trial("with MLA", **_text, model=dict(attention="mla", kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)),
+        Trial("with experts", **_text, model=dict(ffn="moe", expert_dim=192, n_routed_experts=8, n_experts_per_token=1)),
+        Trial("with LoRA", **_text, model=dict(pass_adapter="lora")),
+    ),
+}
+
+
+class PackedFacts(nn.Module):
+    """The state that a fact starts with: a vector for what it is about, and one for what it says.
+
+    A token is the number of a node, plus ``LABELS`` times one more than what is said of it: its parent, or its colour. A question is
+    about a node, and says nothing.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2 * LABELS + COLOURS + 1, dim).normal_(0, 0.02))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens % LABELS] + self.weight[LABELS + tokens // LABELS]
+
+
+class Stack(Core):
+    """The loop with a block of its own for every pass, and the last one for all that follow."""
+
+    def one_pass(self, state, inputs, pass_index, shown=None):
+        block = self.blocks[min(pass_index, len(self.blocks) - 1)]
+        return block(self.injection(self.norm(state), inputs), pass_index)
+
+
+class Theirs(Core):
+    """The loop of OpenMythos: ``state ← decay ⊙ state + gain ⊙ inputs + block(norm(state + pass + inputs))``, without a norm of the state.
+
+    ``pass`` is its number as sines and cosines, in an eighth of the channels.
+
+    Source: Gomez 2026 (OpenMythos 0.5), ``RecurrentBlock``.
+    """
+
+    says_pass = True
+
+    def __init__(self, config: MythosConfig):
+        super().__init__(config)
+        self.log_rate = nn.Parameter(torch.zeros(config.dim))
+        self.gain = nn.Parameter(torch.full((config.dim,), 0.1))
+        n_told = config.dim // 8
+        self.frequency = 10000.0 ** (-torch.arange(0, n_told, 2) / n_told)
+
+    def one_pass(self, state, inputs, pass_index, shown=None):
+        told = state
+        if self.says_pass:
+            angles = pass_index * self.frequency
+            told = state + F.pad(torch.cat((angles.sin(), angles.cos())), (0, state.shape[-1] - 2 * len(angles)))
+        x = self.norm(told + inputs)
+        for block, memory in zip(self.blocks, shown or [None] * len(self.blocks)):
+            x = block(x, pass_index, memory)
+        return torch.exp(-self.log_rate.exp()) * state + self.gain * inputs + x
+
+
+class TheirsWithoutIndex(Theirs):
+    """The same without the number of the pass."""
+
+    says_pass = False
+
+
+def build(trial: Trial) -> Mythos:
+    """The model of a trial, not trained yet."""
+    config = trial.config
+    torch.manual_seed(trial.seed)
+    model = Mythos(config)
+    if trial.task == "facts":
+        model.embedding = PackedFacts(config.dim)
+    cores = {"stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex}
+    if trial.core in cores:
+        model.core = cores[trial.core](config)
+        initialise(model)
+    return model
+
+
+def fact_list(
+    batch_size: int, *, max_depth: int, generator: torch.Generator, n_facts: int | None = None, n_asked: int = 16, root_share: float = 0.15
+) -> QuestionBatch:
+    """Facts, then questions, one token each; two balanced chains if ``n_facts`` is None, and then every node is asked."""
+    kind = dict(n_colours=COLOURS, n_labels=LABELS, generator=generator)
+    if n_facts is None:
+        facts = two_chains(batch_size, length=max_depth + 1, **kind)
+    else:
+        facts = forest(batch_size, n_nodes=n_facts, max_depth=max_depth, root_share=root_share, **kind)
+    n_told = facts.node.shape[1]
+    said = torch.where(facts.node == facts.parent, LABELS + facts.colour - 1, facts.parent)
+    told = facts.node + LABELS * (1 + said)
+    asked = torch.rand(facts.node.shape, generator=generator).argsort(1)[:, : n_told if n_facts is None else n_asked]
+    nodes = facts.node.gather(1, asked)
+    step = torch.arange(LABELS + COLOURS).repeat(batch_size, 1).scatter_(1, facts.node, said)  # a colour leads to itself
+    hops = [step.gather(1, nodes)]
+    for _ in range(max_depth):
+        hops.append(step.gather(1, hops[-1]))
+    tokens = torch.cat((told, nodes), 1)
+    path, difficulty = torch.full((*tokens.shape, len(hops)), -1), torch.full_like(tokens, -1)
+    path[:, n_told:] = torch.stack(hops, -1)
+    difficulty[:, n_told:] = facts.depth.gather(1, asked)
+    return QuestionBatch(tokens, path, difficulty)
+
+
+class Corpus(NamedTuple):
+    """The Python reference as tokens, and what questions in words are written with."""
+
+    training: Tensor
+    held_out: Tensor
+    n_bytes: int  # of what is held out
+    words: Words
+
+
+@lru_cache(maxsize=1)
+def corpus() -> Corpus:
+    training, held_out = split(reference_documents())
+    tokenizer = Tokenizer.train(training + question_words(), 2048)
+    tokens = tokenizer.encode(training), tokenizer.encode(held_out)
+    return Corpus(*tokens, len(held_out.encode()), Words(tokenizer))
+
+
+def questions(trial: Trial, batch_size: int, **kind) -> QuestionBatch:
+    """Questions of the trial's task."""
+    if trial.task == "facts":
+        return fact_list(batch_size, **kind)
+    return chain_questions(batch_size, corpus().words, **{"n_asked": 10, **kind})
+
+
+def answer_state(model: Mythos, states: Tensor, trial: Trial) -> Tensor:
+    """The state that answers after all these passes.
+
+    Source: the mean is that of OpenMythos (Gomez 2026). Unlike Graves 2016, nothing takes what is missing to one when passes run out.
+    """
+    if trial.answers == "last":
+        return states[-1]
+    halts = model.halting(states)  # (pass, batch, position)
+    paid = halts.cumsum(0)
+    weights = torch.where(paid < 0.99, halts, 1 - (paid - halts)) * (paid - halts < 0.99)
+    return (weights.unsqueeze(-1) * states).sum(0)
+
+
+def learn(trial: Trial, model: Mythos) -> dict[int, float]:
+    """Train a model; gives the seconds of computing after which each depth of questions was begun."""
+    plan = TrainConfig(n_steps=trial.n_steps, question_batch=24, n_facts=(8, 24))
+    draw, curriculum = torch.Generator().manual_seed(trial.seed + 1), Curriculum(DEPTH)
+    if not trial.curriculum:
+        curriculum.depth, curriculum.root_share = DEPTH, 0.15
+    text = None
+    if trial.task == "text":
+        text = text_batches(corpus().training, batch_size=8, context_length=trial.config.context_length, generator=draw)
+    optims, begun, start = optimisers(model, plan), {1: 0.0}, time.process_time()
+
+    def number(low, high):
+        return int(torch.randint(low, high + 1, (), generator=draw))
+
+    for step in tqdm(range(trial.n_steps), desc=f"{trial.task}, {trial.name}, seed {trial.seed}", leave=False):
+        for group in (group for optimiser in optims for group in optimiser.param_groups):
+            group["lr"] = plan.learning_rate * schedule(step, plan)
+        right: list[Tensor] = []
+        if text is not None:
+            inputs, targets = next(text)
+            n_passes = trial.passes or number(1, 2 * trial.config.n_passes - 1)
+
+            def loss(inputs=inputs, targets=targets, n_passes=n_passes):
+                logits = model.read(answer_state(model, model.think(inputs, n_passes), trial))
+                return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+        else:
+            depth = curriculum.depth
+            n_facts = None if depth > 1 and number(0, 1) else number(max(8, depth + 2), trial.n_facts)
+            kind = dict(max_depth=depth, root_share=curriculum.root_share, n_facts=n_facts)
+            batch = questions(trial, 24, generator=draw, **kind)
+            n_passes = trial.passes or depth + number(1, 3)
+
+            def loss(batch=batch, n_passes=n_passes):
+                value, answered = question_loss(model, batch, n_passes, trial)
+                right.append(answered[batch.difficulty[batch.difficulty >= 0] > 0])
+                return value
+
+        training_step(model, [loss], optims)
+        for part in model.modules():
+            if isinstance(part, MixtureOfExperts):
+                part.update_bias(plan.bias_rate)
+        if right:
+            before = curriculum.depth
+            curriculum.update(right[0].float().mean().item())
+            if curriculum.depth > before:
+                begun[curriculum.depth] = round(time.process_time() - start, 1)
+    return begun
+
+
+def question_loss(model: Mythos, batch: QuestionBatch, n_passes: int, trial: Trial) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of what the trial teaches, and which answers are right in the end."""
+    states, asked = model.think(batch.tokens, n_passes), batch.difficulty >= 0
+    answer = batch.path[..., -1][asked]
+    if trial.taught == "answer":
+        logits = model.read(answer_state(model, states, trial), at=asked)
+        return F.cross_entropy(logits, answer), logits.argmax(-1) == answer
+    losses = []
+    for index, state in enumerate(states):
+        logits = model.read(state, at=asked)
+        losses.append(F.cross_entropy(logits, batch.targets(index)[asked] if trial.taught == "links" else answer))
+    return torch.stack(losses).mean(), logits.argmax(-1) == answer
+
+
+def learn_halting(trial: Trial, model: Mythos, n_steps: int = 300, n_passes: int = 12) -> None:
+    """Teach the halting head alone: stop when the answer will not change any more, and at once, after two passes, if nothing is asked."""
+    draw = torch.Generator().manual_seed(trial.seed + 2)
+    optimiser = torch.optim.AdamW(model.halting.parameters(), lr=1e-2)
+    fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, n_steps)
+    for step in tqdm(range(n_steps), desc=f"{trial.task}, {trial.name}, halting", leave=False):
+        n_facts = None if step % 2 else int(torch.randint(8, trial.n_facts + 1, (), generator=draw))
+        batch = questions(trial, 24, max_depth=DEPTH, n_facts=n_facts, generator=draw)
+        asked = batch.difficulty >= 0
+        with torch.no_grad():
+            states = model.think(batch.tokens, n_passes)
+            answers = torch.stack([model.read(state, at=asked).argmax(-1) for state in states])
+        stop = model.halting(states)
+        loss = F.binary_cross_entropy(stop[:, asked], settled(answers).float())
+        rest = torch.ones_like(stop[:, ~asked])
+        rest[0] = 0.0
+        loss = loss + F.binary_cross_entropy(stop[:, ~asked], rest)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        fall.step()
+
+
+@torch.no_grad()
+def answers_after(model: Mythos, batch: QuestionBatch, passes: Sequence[int], trial: Trial, *, rest: bool = False) -> Iterator[Tensor]:
+    """The logits of what is asked, (asked, word), after each of these numbers of passes.
+
+    Args:
+        rest: Let tokens that are asked nothing stop after two passes.
+    """
+    asked = batch.difficulty >= 0
+    each = torch.where(asked, max(passes), 2) if rest else max(passes)
+    states = model.think(batch.tokens, each)
+    for count in passes:
+        yield model.read(answer_state(model, states[:count], trial), at=asked)
+
+
+def by_depth(values: Tensor, batch: QuestionBatch) -> list[float]:
+    """Mean of what was found for each question, by depth."""
+    depth = batch.difficulty[batch.difficulty >= 0]
+    return [round(values[depth == hard].float().mean().item(), 4) for hard in depth.unique().tolist()]
+
+
+def stairs(model: Mythos, trial: Trial, length: int, passes: Sequence[int], *, rest: bool, n_lists: int = 64) -> dict[str, dict]:
+    """On two chains of ``length``, by passes and depth: the share of right answers, and of right choices between the two colours there are."""
+    model.eval()
+    batch = questions(trial, n_lists, max_depth=length - 1, generator=torch.Generator().manual_seed(1000 + length), **_all_asked(trial, length))
+    asked = batch.difficulty >= 0
+    answer = batch.path[..., -1][asked]
+    pairs = batch.path[..., -1].where(asked, -1)
+    both = torch.stack((pairs.amax(1), pairs.where(asked, 10**6).amin(1)), 1)  # the two colours of each list
+    row = asked.nonzero()[:, 0]
+    right, choice = {}, {}
+    for count, logits in zip(passes, answers_after(model, batch, passes, trial, rest=rest)):
+        right[str(count)] = by_depth(logits.argmax(-1) == answer, batch)
+        of_two = logits.gather(1, both[row])  # (asked, 2)
+        other = both[row].sum(1) - answer
+        chosen = both[row].gather(1, of_two.argmax(1, keepdim=True))[:, 0]
+        choice[str(count)] = by_depth((chosen == answer) & (other != answer), batch)
+    return {"right": right, "choice": choice}
+
+
+def _all_asked(trial: Trial, length: int) -> dict:
+    return {} if trial.task == "facts" else {"n_asked": 2 * length}
+
+
+@torch.no_grad()
+def stopping(model: Mythos, trial: Trial, length: int, *, n_lists: int = 64) -> dict[str, object]:
+    """The same when every token stops by itself, with three times the passes that are needed as its limit."""
+    batch = questions(trial, n_lists, max_depth=length - 1, generator=torch.Generator().manual_seed(1000 + length), **_all_asked(trial, length))
+    asked = batch.difficulty >= 0
+    parts = [think(model, tokens, max_passes=3 * length, rule="settled") for tokens in batch.tokens.split(16)]
+    logits, passes = torch.cat([part.logits for part in parts])[asked], torch.cat([part.passes for part in parts])
+    depth, used = batch.difficulty[asked].double(), passes[asked].double()
+    alike = torch.corrcoef(torch.stack((depth, used)))[0, 1].item() if used.std() > 0 else 0.0
+    return {
+        "right": by_depth(logits.argmax(-1) == batch.path[..., -1][asked], batch),
+        "passes": by_depth(used, batch),
+        "correlation": round(alike, 4),
+        "passes_of_facts": round(passes[~asked].double().mean().item(), 3),
+    }
+
+
+class Averaged(nn.Module):
+    """A model that answers as its trial does, for the measure of notebook 09."""
+
+    def __init__(self, model: Mythos, trial: Trial):
+        super().__init__()
+        self.model, self.trial, self.config, self.embedding = model, trial, model.config, model.embedding
+
+    def forward(self, tokens, n_passes):
+        logits = self.model.read(answer_state(self.model, self.model.think(tokens, n_passes), self.trial))
+        return NamedTuple("Logits", [("logits", Tensor)])(logits)
+
+
+def measure(trial: Trial, model: Mythos) -> dict:
+    """What a trained model can do."""
+    model.eval()
+    if trial.task == "text":
+        trained = trial.config.n_passes
+        counts = [1] if trained == 1 else [1, trained // 2, trained, 2 * trained, 4 * trained]
+        text = corpus()
+        tokens = text.held_out[:20_000]
+        n_bytes = len(text.words.tokenizer.decode(tokens.tolist()).encode())
+        answering = Averaged(model, trial)
+        return {"bits": {str(count): round(held_out_bits(answering, tokens, n_bytes, n_passes=count), 4) for count in counts}}
+    lengths = (6, 10, 20, 40) if trial.task == "facts" else (6, 10, 16, 20)
+    found: dict = {"running": {}, "resting": {}}
+    for length in lengths:
+        counts = sorted({1, 6, 8, 16, 32, 64, length, length + 8}) if length == 6 else sorted({length // 2, length - 1, length, length + 8})
+        found["running"][str(length)] = stairs(model, trial, length, counts, rest=False)
+        if trial.taught == "links" and trial.core == "ours":
+            found["resting"][str(length)] = stairs(model, trial, length, counts, rest=True)
+    if found["resting"]:
+        learn_halting(trial, model)
+        found["stopping"] = {str(length): stopping(model.eval(), trial, length) for length in lengths}
+    return found
+
+
+def run_trial(trial: Trial) -> dict:
+    """Train and measure; gives a record that JSON can hold."""
+    torch.set_num_threads(1)
+    if trial.task != "facts":
+        corpus()  # not part of the time
+    clock, cpu = time.perf_counter(), time.process_time()
+    model = build(trial)
+    begun = learn(trial, model)
+    seconds = {"cpu": round(time.process_time() - cpu, 1), "clock": round(time.perf_counter() - clock, 1)}
+    found = measure(trial, model)
+    weights = {"all": sum(weight.numel() for weight in model.parameters()), "core": sum(weight.numel() for weight in model.core.parameters())}
+    about = {"seconds": seconds, "begun": begun, "weights": weights, "torch": torch.__version__}
+    return {"trial": asdict(trial), **about, **found}
+
+
+def read_results(path: str | Path) -> dict[str, dict]:
+    """Records by the key of their trial; a last line that was cut off is left out.
+
+    Raises:
+        UserError: A line that is not the last is damaged, or the file cannot be read.
+    """
+    path, results = Path(path), {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read ({error.strerror}): choose another file with --out") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            results[Trial(**record["trial"]).key] = record
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f"line {number} of {shown(path)} is damaged: remove it, and its trial is run again") from None
+    return results
+
+
+def add_result(path: Path, record: dict) -> None:
+    """Write a record as one line at the end of the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and not text.endswith("\n"):  # a line that was cut off
+            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be written ({error.strerror}): make room, or choose another file with --out") from None
+
+
+def planned(only: str | None = None, n_seeds: int = SEEDS) -> list[Trial]:
+    """The trials of a group, or all, one seed after the other.
+
+    Raises:
+        ValueError: There is no such group, or there are no seeds.
+    """
+    require(only is None or only in GROUPS, "the group", only, f"one of {', '.join(GROUPS)}")
+    require(n_seeds >= 1, "the number of seeds", n_seeds, "at least 1")
+    groups = list(GROUPS) if only is None else [only]
+    return [replace(trial, seed=seed) for seed in range(n_seeds) for group in groups for trial in GROUPS[group]]
+
+
+def evidence(path: str | Path, only: str | None = None, n_seeds: int = SEEDS) -> None:
+    """Run what has not been run, and write each result down as soon as it is there."""
+    path, trials = Path(path), planned(only, n_seeds)
+    done = read_results(path)
+    missing = [trial for trial in trials if trial.key not in done]
+    print(f"{len(trials) - len(missing)} of {len(trials)} trials are in {shown(path)}")
+    for number, trial in enumerate(missing, 1):
+        if trial.key in read_results(path):  # another process was faster
+            continue
+        try:
+            record = run_trial(trial)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped in trial {number} of {len(missing)}; the same command goes on with it") from None
+        add_result(path, record)
+        print(told(record), flush=True)
+
+
+def told(record: dict) -> str:
+    """A record in one line."""
+    trial = record["trial"]
+    start = f"{trial['task']:7}{trial['name']:30} seed {trial['seed']}  {record['seconds']['cpu']:4.0f} s  "
+    if "bits" in record:
+        return start + ", ".join(f"{count}: {bits:.3f}" for count, bits in record["bits"].items()) + " bits per byte by passes"
+    parts = []
+    for kind in ("running", "resting"):
+        for length, stair in record[kind].items():
+            last = list(stair["right"].values())[-1] if length != "6" else stair["right"]["8"]
+            parts.append(f"{kind} {length}: {100 * min(last):.0f}")
+    return start + ", ".join(parts) + " % of the hardest"

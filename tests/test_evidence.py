@@ -1,0 +1,133 @@
+"""The trials of `mythoslab evidence`: exact questions, every trial trains, and results that are kept and gone on with."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mythoslab import cli
+from mythoslab.classroom import evidence
+from mythoslab.classroom.course import DATA, UserError
+from mythoslab.classroom.evidence import COLOURS, GROUPS, LABELS, Trial, build, by_depth, fact_list, learn, planned, read_results
+from mythoslab.classroom.evidence import question_loss, stairs
+
+
+def test_a_question_is_answered_by_following_the_facts_of_its_list():
+    draw = torch.Generator().manual_seed(0)
+    for batch in (fact_list(4, max_depth=5, n_facts=30, generator=draw), fact_list(4, max_depth=9, generator=draw)):
+        for tokens, path, depth in zip(batch.tokens.tolist(), batch.path.tolist(), batch.difficulty.tolist()):
+            said = {token % LABELS: token // LABELS - 1 for token in tokens if token >= LABELS}
+            for node, hops, hard in zip(tokens, path, depth):
+                if node >= LABELS:
+                    assert hard == -1 and set(hops) == {-1}
+                    continue
+                for hop in hops:
+                    node = said[node] if node < LABELS else node
+                    assert hop == node
+                assert LABELS <= hops[-1] < LABELS + COLOURS
+                assert sum(hop < LABELS for hop in hops) == hard
+
+
+@pytest.mark.parametrize("trial", [trial for group in GROUPS.values() for trial in group if trial.task == "facts"], ids=lambda trial: trial.name)
+def test_every_trial_on_facts_trains(trial):
+    model = build(trial)
+    before = {name: weight.detach().clone() for name, weight in model.core.named_parameters()}
+    learn(replace(trial, n_steps=2), model)
+    assert any(not torch.equal(before[name], weight) for name, weight in model.core.named_parameters())
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_a_stack_has_a_block_for_every_pass():
+    model = build(next(trial for trial in GROUPS["parts"] if trial.core == "stack"))
+    batch = fact_list(1, max_depth=2, generator=torch.Generator().manual_seed(0))
+    states = model.think(batch.tokens, 6)
+    with torch.no_grad():
+        for weight in model.core.blocks[3].parameters():
+            weight.zero_()
+    changed = model.think(batch.tokens, 6)
+    assert torch.equal(states[:3], changed[:3]) and not torch.equal(states[3], changed[3])
+
+
+def test_a_mean_of_states_takes_each_until_the_head_stops():
+    trial = GROUPS["failure"][0]
+    model = build(trial)
+    states = torch.randn(5, 1, 2, 64)
+    assert torch.allclose(evidence.answer_state(model, states, trial), states[:2].mean(0), atol=1e-6)  # a new head says one half
+
+
+def test_what_is_taught_is_what_counts():
+    batch = fact_list(2, max_depth=3, generator=torch.Generator().manual_seed(0))
+    model = build(Trial("x"))
+    losses = {taught: question_loss(model, batch, 4, Trial("x", taught=taught))[0].item() for taught in ("links", "answers", "answer")}
+    assert len(set(losses.values())) == 3
+
+
+def test_a_new_model_chooses_by_chance():
+    choice = stairs(build(Trial("x")), Trial("x"), 6, [1, 6], rest=True, n_lists=64)["choice"]
+    assert all(abs(share - 0.5) < 0.25 for shares in choice.values() for share in shares)
+
+
+def test_shares_by_depth():
+    batch = fact_list(1, max_depth=1, generator=torch.Generator().manual_seed(0))
+    assert by_depth(batch.difficulty[batch.difficulty >= 0] == 1, batch) == [0.0, 1.0]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Three trials that only say that they ran."""
+    ran = []
+
+    def run(trial):
+        ran.append((trial.name, trial.seed))
+        return {"trial": evidence.asdict(trial), "seconds": {"cpu": 1.0}, "bits": {"1": 2.0}}
+
+    monkeypatch.setattr(evidence, "GROUPS", {"a": (Trial("one"), Trial("two")), "b": (Trial("three"),)})
+    monkeypatch.setattr(evidence, "run_trial", run)
+    return ran
+
+
+def test_what_is_written_down_is_not_run_again(quick, tmp_path, capsys):
+    path = tmp_path / "new" / "evidence.jsonl"
+    assert cli.main(["evidence", "--only", "a", "--seeds", "1", "--out", str(path)]) == 0
+    assert quick == [("one", 0), ("two", 0)]
+    assert cli.main(["evidence", "--seeds", "2", "--out", str(path)]) == 0
+    assert quick[2:] == [("three", 0), ("one", 1), ("two", 1), ("three", 1)]
+    assert len(read_results(path)) == 6 and "2 of 6 trials" in capsys.readouterr().out
+
+
+def test_a_line_that_was_cut_off_is_run_again(quick, tmp_path):
+    path = tmp_path / "evidence.jsonl"
+    evidence.evidence(path, n_seeds=1)
+    path.write_text(path.read_text()[:-9])
+    evidence.evidence(path, n_seeds=1)
+    assert quick[3:] == [("three", 0)] and len(read_results(path)) == 3
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_damaged_line_is_named(quick, tmp_path):
+    path = tmp_path / "evidence.jsonl"
+    evidence.evidence(path, n_seeds=1)
+    path.write_text("{\n" + path.read_text())
+    with pytest.raises(UserError, match="line 1 of .* is damaged: remove it"):
+        read_results(path)
+
+
+def test_mistakes_on_the_command_line_are_told_in_one_sentence(capsys):
+    assert cli.main(["evidence", "--only", "deep"]) == 2
+    assert "the group is 'deep'; it must be one of depth, parts, failure, chains, text" in capsys.readouterr().err
+    assert cli.main(["evidence", "--seeds", "0"]) == 2
+
+
+def test_stopping_says_that_the_same_command_goes_on(quick, tmp_path, monkeypatch, capsys):
+    def stop(trial):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evidence, "run_trial", stop)
+    assert cli.main(["evidence", "--out", str(tmp_path / "e.jsonl")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_stored_results_are_of_trials_that_are_planned():
+    stored, keys = read_results(DATA / "evidence.jsonl"), {trial.key for trial in planned()}
+    assert stored and set(stored) <= keys
