@@ -6,10 +6,11 @@
 __all__ = ['NAMES', 'COLOURS', 'KEPT', 'PARTS', 'FILES', 'RECORDS', 'TRAINING', 'order_three_bits', 'lzma_bits', 'held_out_bits',
            'Words', 'question_words', 'QuestionBatch', 'chain_questions', 'sum_questions', 'filled', 'exception_facts',
            'written_facts', 'shortest_fact', 'fact_questions', 'join', 'TrainConfig', 'schedule', 'optimisers',
-           'Curriculum', 'draw_questions', 'text_loss', 'question_loss', 'training_step', 'Step', 'text_losses',
-           'make_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'restore', 'stopping_politely',
-           'remove_run', 'open_log', 'train', 'settled', 'train_halting', 'answers_right', 'can_save', 'save', 'load',
-           'choose_device', 'continuation', 'measure', 'write_results', 'told_results', 'train_preset']
+           'Curriculum', 'draw_questions', 'text_loss', 'question_loss', 'training_step', 'StepMemory', 'kept_by_block',
+           'step_memory', 'Step', 'text_losses', 'make_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
+           'restore', 'stopping_politely', 'remove_run', 'open_log', 'train', 'settled', 'train_halting',
+           'answers_right', 'can_save', 'save', 'load', 'choose_device', 'continuation', 'measure', 'write_results',
+           'told_results', 'train_preset']
 
 # %% ../notebooks/09_training.ipynb #imports
 import builtins
@@ -41,7 +42,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .classroom.doctor import mps_problem
-from .model import Mythos, MythosConfig, count_parameters, generate, preset
+from .model import Mythos, MythosConfig, count_parameters, generate, linear_layers, preset
+from .mla import RUN
 from .moe import MixtureOfExperts
 from .questions import Tokenizer, bits_per_byte, forest, read_text, reference_documents
 from .questions import require, split, text_batches, two_chains
@@ -625,6 +627,82 @@ def training_step(
     for optimiser in optimisers:
         optimiser.step()
     return values
+
+# %% ../notebooks/09_training.ipynb #step-memory
+class StepMemory(NamedTuple):
+    """Bytes that a training step needs, in float32.
+
+    Args:
+        weights: Of the model.
+        optimiser: What the optimisers remember: one number for a weight of a matrix (Muon), two for any other (AdamW).
+        kept: What forward keeps for backward.
+        logits: The logits and their gradient, there when backward begins.
+        gradients: Of all weights, there when it ends; what was kept is gone by then.
+    """
+
+    weights: int
+    optimiser: int
+    kept: int
+    logits: int
+    gradients: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once."""
+        return self.weights + self.optimiser + max(self.kept + self.logits, self.gradients)
+
+
+def kept_by_block(config: MythosConfig, n_tokens: int, *, core: bool) -> float:
+    """Numbers that one run of a block keeps for the backward pass, for each token of a sequence of ``n_tokens``."""
+    dim, kept = config.dim, 6 * config.dim  # two norms and what they hand on
+    if config.attention == "mla":
+        # Attention in runs, of which each keeps its probabilities.
+        ends = [min(start + RUN, n_tokens) for start in range(0, n_tokens, RUN)]
+        seen = sum(end * (end - start) for start, end in zip(range(0, n_tokens, RUN), ends)) / n_tokens
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+        kept += 3 * (config.kv_lora_rank + config.q_lora_rank) + config.qk_rope_head_dim
+        kept += config.n_heads * (2 * key + 2 * config.v_head_dim + seen)
+    else:
+        kept += 5 * dim
+        if config.qk_norm:
+            kept += 3 * dim + 2 * dim * config.kv_heads // config.n_heads
+    if core and config.ffn == "moe":
+        chosen = config.n_experts_per_token
+        return kept + chosen * (2 * dim + 4 * config.expert_dim) + 4 * config.n_shared_experts * config.expert_dim
+    return kept + 4 * config.hidden_dim
+
+
+def step_memory(
+    config: MythosConfig, batch_size: int, *, n_tokens: int | None = None, n_passes: int | None = None, n_backward: int | None = None
+) -> StepMemory:
+    """What a training step on text will need, from the configuration alone.
+
+    Args:
+        batch_size: Windows of text.
+        n_tokens: Of each window; a full context by default.
+        n_passes: The configured number by default.
+        n_backward: Last passes that gradients go through; all by default.
+    """
+    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    dim, n_tokens = config.dim, config.context_length if n_tokens is None else n_tokens
+    n_passes = config.n_passes if n_passes is None else n_passes
+    n_learning = n_passes if n_backward is None else min(n_passes, n_backward)
+    shapes = linear_layers(config, core=True).values()
+    in_core = config.n_core * sum(rows * columns for rows, columns in shapes)
+    in_others = (config.n_prelude + config.n_coda) * sum(rows * columns for rows, columns in linear_layers(config, core=False).values())
+    injection = {"add": (0, 0), "none": (0, 0), "lti": (2, 1), "linear": (2, 2)}[config.injection]  # kept, weights
+
+    a_pass = config.n_core * kept_by_block(config, n_tokens, core=True) + (2 + injection[0]) * dim
+    once = (config.n_prelude + config.n_coda) * kept_by_block(config, n_tokens, core=False)
+    once += (8 if config.token_shift else 7) * dim + config.vocab_size
+    kept = batch_size * n_tokens * (n_learning * a_pass + n_passes * dim + once)
+    if config.pass_adapter == "lora":
+        kept += n_learning * in_core  # every pass has weights of its own
+
+    n_weights = count_parameters(config)
+    matrices = in_core + in_others + (config.token_shift + injection[1]) * dim**2
+    logits = 2 * batch_size * n_tokens * config.vocab_size
+    return StepMemory(*(round(4 * count) for count in (n_weights, 2 * n_weights - matrices, kept, logits, n_weights)))
 
 # %% ../notebooks/09_training.ipynb #step-losses
 class Step(NamedTuple):

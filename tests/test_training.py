@@ -57,6 +57,7 @@ from mythoslab.training import (
     save,
     schedule,
     settled,
+    step_memory,
     sum_questions,
     text_loss,
     text_losses,
@@ -1918,3 +1919,62 @@ MISTAKES = [
 test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
     MISTAKES, [held_out_bits, schedule, training_step]
 )
+
+
+def kept_for_backward(model, call):
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(size for place, size in kept.items() if place not in {weight.data_ptr() for weight in model.parameters()})
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.fixed_dictionaries(
+        dict(
+            attention=st.sampled_from(("mha", "gqa", "mla")),
+            ffn=st.sampled_from(("dense", "moe")),
+            injection=st.sampled_from(("add", "lti", "linear", "none")),
+            pass_adapter=st.sampled_from(("none", "embedding", "lora")),
+            qk_norm=st.booleans(),
+            token_shift=st.booleans(),
+            n_prelude=st.integers(0, 2),
+            n_core=st.integers(1, 2),
+            n_coda=st.integers(0, 1),
+            q_lora_rank=st.sampled_from((0, 24)),
+        )
+    ),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from((None, 2)),
+)
+def test_a_step_keeps_what_the_formula_says(kinds, n_passes, batch_size, n_backward):
+    config = MythosConfig(vocab_size=300, dim=64, n_heads=4, n_kv_heads=2, hidden_dim=160, expert_dim=48, n_passes=3, context_length=80, **kinds)
+    model, tokens = Mythos(config), torch.randint(300, (batch_size, 80))
+    found = kept_for_backward(model, lambda: text_loss(model, tokens, tokens, n_passes, n_backward))
+    planned = step_memory(config, batch_size, n_passes=n_passes, n_backward=n_backward).kept
+    assert 0.9 < planned / found < 1.1
+
+
+def test_memory_of_weights_and_optimisers_is_counted_exactly():
+    for kinds in ({}, dict(attention="mla", ffn="moe", injection="lti"), dict(pass_adapter="lora", tie_embeddings=False, token_shift=True)):
+        config = MythosConfig(vocab_size=300, dim=32, n_heads=2, hidden_dim=48, expert_dim=16, context_length=16, **kinds)
+        model, tokens, need = Mythos(config), torch.randint(300, (1, 16)), step_memory(config, 1)
+        optims = optimisers(model, TrainConfig())
+        training_step(model, [lambda: text_loss(model, tokens, tokens)], optims)
+        kept = [value for optimiser in optims for state in optimiser.state.values() for name, value in state.items() if name != "step"]
+        assert need.weights == need.gradients == sum(4 * weight.numel() for weight in model.parameters())
+        assert need.optimiser == sum(4 * value.numel() for value in kept)
+
+
+def test_less_is_needed_the_fewer_passes_learn_and_bad_sizes_are_named():
+    config = MythosConfig(vocab_size=300, dim=32, n_heads=2, hidden_dim=48, n_passes=6)
+    needs = [step_memory(config, 4, n_backward=count).peak for count in (1, 3, 6, 9)]
+    assert needs[0] < needs[1] < needs[2] == needs[3] == step_memory(config, 4).peak
+    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
+        step_memory(config, 0)

@@ -85,22 +85,22 @@ class Trial:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-_mla = dict(attention="mla", kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=2, v_head_dim=32)
+_mla = dict(attention="mla", kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=2, v_head_dim=32)
 _moe = dict(ffn="moe", expert_dim=64, n_routed_experts=4, n_experts_per_token=2)
 _lora = dict(pass_adapter="lora", n_passes=2)  # later passes hold the second, in training too
 _theirs = dict(taught="answer", answers="mean", passes=8, core="theirs")
 _as_theirs = dict(qk_norm=False, pass_adapter="lora", n_passes=8)
-_chains = dict(task="chains", n_steps=1500, n_facts=24)
+_chains = dict(task="chains", n_steps=1000, n_facts=24)
 _text = dict(task="text", n_steps=300, taught="answer")
 
 #: What `mythoslab evidence` trains, by the question that it answers.
 GROUPS = {
-    "depth": (
-        Trial("ours"),
-        Trial("with MLA", model=_mla, n_steps=2200),
-        Trial("with experts", model=_moe),
-        Trial("with LoRA", model=_lora),
-        Trial("with all three", model=_mla | _moe | _lora, n_steps=1900),
+    "depth": (  # as many steps as two minutes allow
+        Trial("ours", n_steps=2200),
+        Trial("with MLA", model=_mla, n_steps=2000),
+        Trial("with experts", model=_moe, n_steps=1800),
+        Trial("with LoRA", model=_lora, n_steps=2200),
+        Trial("with all three", model=_mla | _moe | _lora, n_steps=1500),
     ),
     "parts": (
         Trial("LTI injection", model=dict(injection="lti")),
@@ -120,6 +120,7 @@ GROUPS = {
         Trial("+ normed state", taught="answer", model=dict(qk_norm=False)),
         Trial("+ every pass taught", taught="answers", model=dict(qk_norm=False)),
         Trial("+ one link taught", model=dict(qk_norm=False)),
+        Trial("+ queries and keys normed"),
     ),
     "chains": (
         Trial("ours", **_chains),
@@ -408,10 +409,10 @@ def _all_asked(trial: Trial, length: int) -> dict:
 
 @torch.no_grad()
 def stopping(model: Mythos, trial: Trial, length: int, *, n_lists: int = 64) -> dict[str, object]:
-    """The same when every token stops by itself, with three times the passes that are needed as its limit."""
+    """The same when every token stops by itself, after eight passes more than the deepest question needs at the latest."""
     batch = questions(trial, n_lists, max_depth=length - 1, generator=torch.Generator().manual_seed(1000 + length), **_all_asked(trial, length))
     asked = batch.difficulty >= 0
-    parts = [think(model, tokens, max_passes=3 * length, rule="settled") for tokens in batch.tokens.split(16)]
+    parts = [think(model, tokens, max_passes=length + 8, rule="settled") for tokens in batch.tokens.split(16)]
     logits, passes = torch.cat([part.logits for part in parts])[asked], torch.cat([part.passes for part in parts])
     depth, used = batch.difficulty[asked].double(), passes[asked].double()
     alike = torch.corrcoef(torch.stack((depth, used)))[0, 1].item() if used.std() > 0 else 0.0
