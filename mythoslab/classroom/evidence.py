@@ -98,7 +98,7 @@ GROUPS = {
     "depth": (  # as many steps as two minutes allow
         Trial("ours", n_steps=2200),
         Trial("with MLA", model=_mla, n_steps=2000),
-        Trial("with experts", model=_moe, n_steps=1800),
+        Trial("with experts", model=_moe, n_steps=1600),
         Trial("with LoRA", model=_lora, n_steps=2200),
         Trial("with all three", model=_mla | _moe | _lora, n_steps=1500),
     ),
