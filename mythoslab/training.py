@@ -7,10 +7,10 @@ __all__ = ['NAMES', 'COLOURS', 'KEPT', 'PARTS', 'FILES', 'RECORDS', 'TRAINING', 
            'Words', 'question_words', 'QuestionBatch', 'chain_questions', 'sum_questions', 'filled', 'exception_facts',
            'written_facts', 'shortest_fact', 'fact_questions', 'join', 'TrainConfig', 'schedule', 'optimisers',
            'Curriculum', 'draw_questions', 'text_loss', 'question_loss', 'training_step', 'StepMemory', 'kept_by_block',
-           'step_memory', 'Step', 'text_losses', 'make_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
-           'restore', 'stopping_politely', 'remove_run', 'open_log', 'train', 'settled', 'train_halting',
-           'answers_right', 'can_save', 'save', 'load', 'choose_device', 'continuation', 'measure', 'write_results',
-           'told_results', 'train_preset']
+           'step_memory', 'Step', 'text_losses', 'make_step', 'checkpoints', 'can_begin', 'save_checkpoint',
+           'load_checkpoint', 'restore', 'stopping_politely', 'remove_run', 'open_log', 'train', 'settled',
+           'train_halting', 'answers_right', 'can_save', 'save', 'load', 'choose_device', 'continuation', 'measure',
+           'write_results', 'told_results', 'train_preset']
 
 # %% ../notebooks/09_training.ipynb #imports
 import builtins
@@ -802,6 +802,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return found
 
 
+def can_begin(folder: Path) -> None:
+    """Make sure that a new run replaces none.
+
+    Raises:
+        ValueError: A run with checkpoints lies in the folder.
+    """
+    if any(folder.glob("step-*")):
+        raise ValueError(f"a run that was begun lies in {folder}: --resume goes on with it; remove the folder to begin anew")
+
+
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], state: dict, draw: Tensor) -> None:
     """Write all that a run needs to go on, as ``folder/step-…``, whole or not at all, and remove old ones.
 
@@ -858,7 +868,7 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         for sentence in damaged:
             print(f"{sentence}; the checkpoint before it is used", file=sys.stderr)
         return json.loads(contents[1]), read_tensors(contents[0])
-    raise ValueError(f"{'; '.join(damaged)}; there is no other: train without --resume")
+    raise ValueError(f"{'; '.join(damaged)}; there is no other: remove the folder to begin anew")
 
 
 def restore(model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
@@ -947,11 +957,11 @@ def train(
     Args:
         data: Training text as tokens, more of them than one context.
         words: What questions are written with; needed if ``config.question_batch`` is not 0.
-        folder: Where log and checkpoints go, in place of those of an earlier run; none by default.
+        folder: Where log and checkpoints go; none by default.
         resume: Go on from the newest checkpoint in ``folder``.
 
     Raises:
-        ValueError: The text is too short, words are missing, a loss is not a finite number, or the run in the folder is another.
+        ValueError: The text is too short, words are missing, a loss is not a finite number, or a run lies in the folder that is not to be gone on with.
         FileNotFoundError: There is no checkpoint to go on from.
         OSError: Log or checkpoint cannot be written; the checkpoint before is left.
         KeyboardInterrupt: Ctrl-C was pressed; the step is finished, and saved if there is a folder.
@@ -977,6 +987,7 @@ def train(
         for part in folder.glob(".part-*"):  # of a checkpoint that was not finished
             shutil.rmtree(part)
     elif folder is not None:
+        can_begin(folder)
         remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter() - (history[-1].seconds if history else 0.0)
@@ -1015,13 +1026,13 @@ def train(
 
 def _same_run(folder: Path, kept: dict, now: dict) -> None:
     if kept.get("text") != now["text"]:
-        raise ValueError(f"the text is not the one of the run in {folder}: give that, or train without --resume")
+        raise ValueError(f"the text is not the one of the run in {folder}: give that, or remove the folder to begin anew")
     for part in ("model", "config"):
         for name, value in now[part].items():
             before = kept.get(part, {}).get(name)
             if value != before:
                 problem = f"{name} is {value!r}, and was {before!r} in the run in {folder}"
-                raise ValueError(f"{problem}: let it be as it was, or train without --resume")
+                raise ValueError(f"{problem}: let it be as it was, or remove the folder to begin anew")
 
 
 def _told(history: list[Step]) -> str:
@@ -1373,8 +1384,7 @@ def train_preset(
     plan = replace(plan, n_steps=plan.n_steps if n_steps is None else n_steps)
     can_save(out)
     run = Path(f"{out.absolute()}.training")
-    if resume:
-        checkpoints(run)
+    checkpoints(run) if resume else can_begin(run)
     training, held_out = split(reference_documents() if text is None else read_text(text))
     pages = question_words(max(2000, len(training) // 5000))  # more of them in a long text, or its own words win
     tokenizer = Tokenizer.train(training + pages, config.vocab_size)

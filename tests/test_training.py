@@ -682,8 +682,22 @@ def test_two_checkpoints_are_kept_and_nothing_else_is_left(words, data, tmp_path
     train(new_model(words), data, PLAN, words=words, folder=tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-0000006", "step-0000004"]
     assert {path.name for path in tmp_path.iterdir()} - {"tensorboard"} == {"step-0000006", "step-0000004", "log.jsonl"}
-    train(new_model(words), data, replace(PLAN, n_steps=5), words=words, folder=tmp_path)  # a new run in its place
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-0000005", "step-0000004"]
+
+
+def test_a_new_run_replaces_none(words, data, interrupted):
+    folder, _ = interrupted
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="a run that was begun lies in .*: --resume goes on with it; remove the folder to begin anew"):
+        train(new_model(words), data, PLAN, words=words, folder=folder)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_command_refuses_to_replace_a_run_before_it_prepares(small, monkeypatch, capsys):
+    words, out = small
+    Path(f"{out}.training", "step-0000002").mkdir(parents=True)
+    monkeypatch.setattr(Tokenizer, "train", lambda *_: pytest.fail("it prepared first"))
+    assert cli.main(words) == 2
+    assert "--resume goes on with it" in capsys.readouterr().err and Path(f"{out}.training", "step-0000002").is_dir()
 
 
 @pytest.fixture(scope="module")
@@ -757,7 +771,7 @@ def test_if_all_are_damaged_one_sentence_says_so(interrupted, capsys, damage):
     with pytest.raises(ValueError) as error:
         load_checkpoint(folder)
     sentence = str(error.value)
-    assert "\n" not in sentence and all(str(path) in sentence for path in both) and sentence.endswith("train without --resume")
+    assert "\n" not in sentence and all(str(path) in sentence for path in both) and sentence.endswith("remove the folder to begin anew")
     assert capsys.readouterr().err == ""
 
 
@@ -832,7 +846,7 @@ def test_a_run_goes_on_only_as_the_same_run(interrupted, words, data, told):
     with pytest.raises(ValueError, match=told) as error:
         model, plan = new_model(words, **other.get("model", {})), replace(PLAN, **other.get("plan", {}))
         train(model, data[other.get("text", 0) :], plan, words=words, folder=folder, resume=True)
-    assert str(folder) in str(error.value) and str(error.value).endswith("or train without --resume")
+    assert str(folder) in str(error.value) and str(error.value).endswith("or remove the folder to begin anew")
     assert before == sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
 
 
@@ -1487,7 +1501,7 @@ def test_resume_of_another_run_is_refused_and_the_run_left_as_it_was(small, tmp_
     capsys.readouterr()
     assert cli.main([*train_, *words, "--resume"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("mythoslab: ") and told in error and "train without --resume" in error
+    assert error.count("\n") == 1 and error.startswith("mythoslab: ") and told in error and "remove the folder to begin anew" in error
     assert before == sorted((path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file())
 
 
@@ -1509,7 +1523,7 @@ def test_resume_with_nothing_but_damaged_checkpoints_is_refused_in_one_sentence(
     capsys.readouterr()
     assert cli.main([*words, "--resume"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "damaged" in error and "train without --resume" in error
+    assert error.count("\n") == 1 and "damaged" in error and "remove the folder to begin anew" in error
 
 
 def test_a_refused_text_leaves_an_interrupted_run_as_it_was(small, monkeypatch):
