@@ -12,9 +12,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from mythoslab.classroom.course import DATA
 from mythoslab.mla import ONE_DNN
 from mythoslab.model import Mythos, MythosConfig, flops_per_token
-from mythoslab.thinking import Reader
+from mythoslab.questions import reference_documents, split
+from mythoslab.thinking import Reader, generate
+from mythoslab.training import load
 
 from .blocks import ATTENTION, OPEN_MYTHOS
 from .clock import in_turn
@@ -46,13 +49,13 @@ def mythos() -> Mythos:
     )
 
 
-def open_mythos():
-    """OpenMythos with the same sizes, and the passes that a step of it really runs."""
+def open_mythos(**kind):
+    """OpenMythos with the same sizes, or others; and the passes that a step of it really runs."""
     sys.path.append(str(OPEN_MYTHOS))
     module = importlib.import_module("open_mythos")
     sizes = dict(n_experts=8, expert_dim=256, n_experts_per_tok=2, n_shared_experts=1, lora_rank=4, max_loop_iters=PASSES)
     shape = dict(vocab_size=VOCABULARY, dim=DIM, n_heads=8, prelude_layers=1, coda_layers=1, max_seq_len=PROMPT + WRITTEN + 1)
-    model = module.OpenMythos(module.MythosConfig(**shape, **sizes, **ATTENTION))
+    model = module.OpenMythos(module.MythosConfig(**{**shape, **sizes, **ATTENTION, **kind}))
     runs = []
     model.recurrent.block.register_forward_hook(lambda *_: runs.append(1))
     return model, runs
@@ -106,6 +109,7 @@ def main() -> None:
             print(f"{name:18}{'':36}{rate / 1e9:10.1f}{rate / peak:13.0%}")
     print(f"tokens per second and executed pass: ours is {speed['mythoslab'] / speed['OpenMythos']:.2f} times OpenMythos")
     _write(ours, theirs)
+    _write_until_done()
 
 
 def mythos_dense() -> Mythos:
@@ -141,4 +145,39 @@ def _write(ours: Mythos, theirs) -> None:
     print(
         f"writing after {PROMPT} tokens, one at a time, {PASSES} passes each: {rates['ours']:.0f} tokens/s, OpenMythos {rates['theirs']:.0f};"
         f" ours is {rates['ours'] / rates['theirs']:.1f} times as fast"
+    )
+
+
+@torch.inference_mode()
+def _write_until_done(prompt_length: int = 64) -> None:
+    """The trained model of the course, which stops by itself, beside OpenMythos of its sizes, which never does with a cache; one cap for both."""
+    ours, tokenizer = load(DATA / "course")
+    config, cap = ours.config, 4 * ours.config.n_passes
+    heads = dict(attn_type="gqa", n_heads=config.n_heads, n_kv_heads=config.kv_heads)
+    experts = dict(n_experts=2, n_experts_per_tok=1, expert_dim=config.hidden_dim // 2, n_shared_experts=1)  # as wide a feed-forward part
+    theirs, _ = open_mythos(vocab_size=config.vocab_size, dim=config.dim, max_loop_iters=cap, **heads, **experts)
+    theirs.eval()
+    prompt = tokenizer.encode(split(reference_documents())[1])[None, :prompt_length]
+    spent = []
+
+    def write_ours():
+        spent.clear()
+        for written in generate(ours, prompt[0], WRITTEN + 1, max_passes=cap, temperature=0.0):
+            spent.append(written[0].passes)
+
+    def write_theirs():
+        theirs.generate(prompt, WRITTEN + 1, n_loops=cap)
+
+    def read_ours():
+        next(generate(ours, prompt[0], 1, max_passes=cap, temperature=0.0))
+
+    def read_theirs():
+        theirs.generate(prompt, 1, n_loops=cap)
+
+    tasks = {"ours": write_ours, "theirs": write_theirs, "ours, prompt": read_ours, "theirs, prompt": read_theirs}
+    seconds = {name: statistics.median(times) for name, times in in_turn(tasks, ROUNDS).items()}
+    rates = {name: WRITTEN / (seconds[name] - seconds[f"{name}, prompt"]) for name in ("ours", "theirs")}
+    print(
+        f"writing with at most {cap} passes: the model of the course takes {statistics.mean(spent[1:]):.1f} and writes {rates['ours']:.0f} tokens/s;"
+        f" OpenMythos of its sizes {rates['theirs']:.0f}; ours is {rates['ours'] / rates['theirs']:.1f} times as fast"
     )
