@@ -56,6 +56,15 @@ def test_a_mean_of_states_takes_each_until_the_head_stops():
     assert torch.allclose(evidence.answer_state(model, states, trial), states[:2].mean(0), atol=1e-6)  # a new head says one half
 
 
+def test_a_head_that_begins_shut_has_weight_left_for_passes_that_were_never_trained():
+    trial = next(trial for trial in GROUPS["failure"] if trial.name == "theirs, head shut")
+    batch = fact_list(2, max_depth=3, generator=torch.Generator().manual_seed(0))
+    weights = evidence.weights_of_passes(build(trial), batch.tokens, batch.difficulty >= 0)
+    assert sum(weights[:8]) < 0.05 and min(weights[8:]) > 0.001
+    weights = evidence.weights_of_passes(build(replace(trial, head=0.0)), batch.tokens, batch.difficulty >= 0)
+    assert weights[:3] == [0.5, 0.5, 0.0]
+
+
 def test_what_is_taught_is_what_counts():
     batch = fact_list(2, max_depth=3, generator=torch.Generator().manual_seed(0))
     model = build(Trial("x"))

@@ -60,6 +60,7 @@ class Trial:
         n_facts: Most facts of a list in training.
         core: ``"ours"``; ``"stack"``, a block for every pass; ``"theirs"``, the update of OpenMythos; ``"no index"``, that without the
             number of the pass.
+        head: Bias that the halting head begins with: 0 for one half, and far below it for a head that hardly stops anything.
         seed: Of weights and questions.
     """
 
@@ -73,6 +74,7 @@ class Trial:
     curriculum: bool = True
     n_facts: int = 64
     core: str = "ours"
+    head: float = 0.0
     seed: int = 0
 
     @property
@@ -113,6 +115,7 @@ GROUPS = {
     ),
     "failure": (
         Trial("theirs", **_theirs, model=_as_theirs),
+        Trial("theirs, head shut", **_theirs, model=_as_theirs, head=-6.0),
         Trial("theirs, last state", **_theirs | dict(answers="last"), model=_as_theirs),
         Trial("+ passes drawn", **_theirs | dict(passes=0), model=_as_theirs),
         Trial("+ last state", **_theirs | dict(passes=0, answers="last"), model=_as_theirs),
@@ -131,6 +134,7 @@ GROUPS = {
     ),
     "text": (
         Trial("theirs", **_text | _theirs, model=_as_theirs),
+        Trial("theirs, head shut", **_text | _theirs, model=_as_theirs, head=-6.0),
         Trial("theirs, last state", **_text | _theirs | dict(answers="last"), model=_as_theirs),
         Trial("+ passes drawn", **_text | _theirs | dict(passes=0), model=_as_theirs),
         Trial("+ last state", **_text | _theirs | dict(passes=0, answers="last"), model=_as_theirs),
@@ -212,6 +216,8 @@ def build(trial: Trial) -> Mythos:
     if trial.core in cores:
         model.core = cores[trial.core](config)
         initialise(model)
+    if trial.head:
+        nn.init.constant_(model.halting.halt.bias, trial.head)
     return model
 
 
@@ -271,10 +277,14 @@ def answer_state(model: Mythos, states: Tensor, trial: Trial) -> Tensor:
     """
     if trial.answers == "last":
         return states[-1]
-    halts = model.halting(states)  # (pass, batch, position)
-    paid = halts.cumsum(0)
-    weights = torch.where(paid < 0.99, halts, 1 - (paid - halts)) * (paid - halts < 0.99)
-    return (weights.unsqueeze(-1) * states).sum(0)
+    return (halting_weights(model, states).unsqueeze(-1) * states).sum(0)
+
+
+def halting_weights(model: Mythos, states: Tensor) -> Tensor:
+    """What each state counts for in the mean, (pass, batch, position): what its halting head says, until 0.99 are spent."""
+    halts = model.halting(states)
+    spent = halts.cumsum(0)
+    return torch.where(spent < 0.99, halts, 1 - (spent - halts)) * (spent - halts < 0.99)
 
 
 def learn(trial: Trial, model: Mythos) -> dict[int, float]:
@@ -424,6 +434,12 @@ def stopping(model: Mythos, trial: Trial, length: int, *, n_lists: int = 64) -> 
     }
 
 
+@torch.no_grad()
+def weights_of_passes(model: Mythos, tokens: Tensor, asked: Tensor, n_passes: int = 32) -> list[float]:
+    """What the state of each pass counts for in the mean of all, averaged over what is asked."""
+    return [round(weight, 4) for weight in halting_weights(model, model.think(tokens, n_passes))[:, asked].mean(1).tolist()]
+
+
 class Averaged(nn.Module):
     """A model that answers as its trial does, for the measure of notebook 09."""
 
@@ -446,7 +462,11 @@ def measure(trial: Trial, model: Mythos) -> dict:
         tokens = text.held_out[:20_000]
         n_bytes = len(text.words.tokenizer.decode(tokens.tolist()).encode())
         answering = Averaged(model, trial)
-        return {"bits": {str(count): round(held_out_bits(answering, tokens, n_bytes, n_passes=count), 4) for count in counts}}
+        found = {}
+        if trial.answers == "mean":
+            seen = tokens[: 20 * trial.config.context_length].view(20, -1)
+            found["weights_of_passes"] = weights_of_passes(model, seen, torch.ones_like(seen, dtype=torch.bool))
+        return found | {"bits": {str(count): round(held_out_bits(answering, tokens, n_bytes, n_passes=count), 4) for count in counts}}
     lengths = (6, 10, 20, 40) if trial.task == "facts" else (6, 10, 16, 20)
     found: dict = {"running": {}, "resting": {}}
     for length in lengths:
@@ -454,6 +474,9 @@ def measure(trial: Trial, model: Mythos) -> dict:
         found["running"][str(length)] = stairs(model, trial, length, counts, rest=False)
         if trial.taught == "links" and trial.core == "ours":
             found["resting"][str(length)] = stairs(model, trial, length, counts, rest=True)
+    if trial.answers == "mean":
+        batch = questions(trial, 64, max_depth=5, generator=torch.Generator().manual_seed(1006))
+        found["weights_of_passes"] = weights_of_passes(model, batch.tokens, batch.difficulty >= 0)
     if found["resting"]:
         learn_halting(trial, model)
         found["stopping"] = {str(length): stopping(model.eval(), trial, length) for length in lengths}
