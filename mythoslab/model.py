@@ -148,7 +148,7 @@ class MythosConfig:
         return self.halting not in ("none", "converge")
 
     def unrolled(self) -> "MythosConfig":
-        """The twin that computes as much with blocks of its own for every pass: no loop, all weights stored."""
+        """The twin that computes as much with blocks of its own for every pass, but for the injection, which it runs once."""
         return replace(self, n_core=self.n_core * self.n_passes, n_passes=1)
 
     def to_json(self) -> str:
@@ -213,7 +213,7 @@ class Shown(LatentCache):
     def __init__(self, cache: LatentCache | None = None):
         self.cache = cache
         self.length = 0 if cache is None else cache.length  # earlier tokens
-        self.places: Tensor | None = None  # (batch, position) of the new tokens, if they do not simply come next
+        self.places: Tensor | None = None  # (batch, position) of the new tokens, if they do not simply come next (notebook 10)
         self.thinking: Tensor | None = None  # (batch, position), bool: who runs this pass; None for all
         self.last: Tensor | None = None  # (batch, position, width)
 
@@ -316,7 +316,7 @@ class KeyValueAttention(GroupedQueryAttention):
         super().__init__(dim, n_heads, n_kv_heads, rope_theta=rope_theta)
         self.n_kv_heads, self.positions = n_kv_heads, positions
         narrow = n_kv_heads * self.head_dim
-        # Faster, where PyTorch's own is not the fastest.
+        # The layer of notebook 06: the same numbers, faster on some CPUs.
         self.q_proj, self.o_proj = Projection(dim, dim), Projection(dim, dim)
         self.k_proj, self.v_proj = Projection(dim, narrow), Projection(dim, narrow)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
@@ -367,7 +367,7 @@ class KeyValueAttention(GroupedQueryAttention):
 
 
 def make_attention(config: MythosConfig, *, positions: str = "all") -> nn.Module:
-    """The attention of a block; heads without positions cannot tell earlier from much earlier."""
+    """The attention of a block; heads without positions know order only from the mask and the prelude."""
     if config.attention != "mla":
         kind = dict(rope_theta=config.rope_theta, positions=positions, qk_norm=config.qk_norm)
         return KeyValueAttention(config.dim, config.n_heads, config.kv_heads, **kind)
@@ -518,7 +518,8 @@ class Core(nn.Module):
         Args:
             n_passes: Of all tokens, or of each, ≥ 1.
             shown: A memory for each block, if there are earlier tokens or tokens that stop early.
-            n_backward: Last passes of the run that gradients go through; all by default.
+            n_backward: Passes that gradients go through, counted from the end of the longest; all by default. A token that
+                stopped before them teaches the core nothing.
         """
         each = None if isinstance(n_passes, int) else n_passes
         fewest, n_passes = (n_passes, n_passes) if each is None else map(int, each.aminmax())
@@ -595,8 +596,8 @@ def initialise(model: nn.Module) -> None:
 
     Every matrix of a block starts with deviation ``1/√(channels in)``, and those that add to the stream smaller by
     √(2 · depth), where depth counts every block as often as it runs. Embeddings start at 0.02: they are normed when
-    read, and a new model then gives every token nearly the same chance. Norms, injection, adapters and the halting head
-    keep the start of their own.
+    read, and a new model then gives every token nearly the same chance; where reading and writing share a matrix, the
+    token just read has a little more. Norms, injection, adapters and the halting head keep the start of their own.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3, with passes counted as depth.
     """
@@ -778,7 +779,8 @@ def count_parameters(config: MythosConfig, *, active: bool = False) -> int:
     hidden = max(8, dim // 2)
     halting = 2 * dim + hidden * (2 * dim + 1) + hidden + 1 if config.has_head else 0
     matrices_of_tokens = (1 if config.tie_embeddings else 2) * config.vocab_size * dim
-    return blocks + matrices_of_tokens + 4 * dim + injection + embedding + shift + halting
+    norms = 4 * dim  # of embedding, prelude, loop and coda
+    return blocks + matrices_of_tokens + norms + injection + embedding + shift + halting
 
 # %% ../notebooks/08_model.ipynb #flops
 def flops_per_token(config: MythosConfig, n_passes: int | None = None) -> int:
@@ -931,7 +933,8 @@ def sample(
     if temperature < 1e-6:  # dividing by it would overflow
         return int(logits.argmax())
     if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
+        best = logits.topk(top_k)  # exactly so many, also where some are alike
+        logits = torch.full_like(logits, -math.inf).scatter(0, best.indices, best.values)
     chances = (logits / temperature).softmax(-1)
     return int(torch.multinomial(chances, 1, generator=generator))
 
