@@ -9,8 +9,8 @@ __all__ = ['NAMES', 'COLOURS', 'KEPT', 'PARTS', 'FILES', 'RECORDS', 'TRAINING', 
            'Curriculum', 'draw_questions', 'text_loss', 'question_loss', 'training_step', 'StepMemory', 'kept_by_block',
            'step_memory', 'Step', 'text_losses', 'make_step', 'checkpoints', 'can_begin', 'save_checkpoint',
            'load_checkpoint', 'restore', 'stopping_politely', 'remove_run', 'open_log', 'train', 'settled',
-           'train_halting', 'answers_right', 'can_save', 'save', 'load', 'choose_device', 'continuation', 'measure',
-           'write_results', 'told_results', 'train_preset']
+           'halting_loss', 'train_halting', 'answers_right', 'can_save', 'save', 'load', 'choose_device',
+           'continuation', 'measure', 'write_results', 'told_results', 'train_preset']
 
 # %% ../notebooks/09_training.ipynb #imports
 import builtins
@@ -1050,6 +1050,24 @@ def settled(answers: Int64[Tensor, "pass *token"]) -> Bool[Tensor, "pass *token"
     return ~changes_later
 
 
+def halting_loss(
+    model: Mythos, tokens: Int64[Tensor, "batch position"], asked: Bool[Tensor, "batch position"], n_passes: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, "pass batch position"]]:
+    """How far the halting head is from knowing which answers are settled, in nats per decision; and what it says.
+
+    The model answers after every pass, without gradients: only the head can learn.
+
+    Args:
+        asked: Where an answer is asked for.
+        n_passes: Passes after which an answer counts as final.
+    """
+    with torch.no_grad():
+        states = model.think(tokens, n_passes)
+        answers = torch.stack([model.read(state, at=asked).argmax(-1) for state in states])  # (pass, asked)
+    stop = model.halting(states)
+    return F.binary_cross_entropy(stop[:, asked], settled(answers).to(states.dtype)), stop
+
+
 def train_halting(
     model: Mythos,
     data: Int64[Tensor, "n_tokens"],
@@ -1061,8 +1079,7 @@ def train_halting(
 ) -> list[float]:
     """The second stage: teach the halting head alone when an answer will not change any more.
 
-    The model answers after every pass, without gradients; the head reads its states, and is told which answers were settled. It
-    never touches what the model knows.
+    The head reads the states of every pass, and is told which answers were settled. It never touches what the model knows.
 
     Args:
         data, config, words: As for :func:`train`; ``config.halting_steps`` steps.
@@ -1094,12 +1111,7 @@ def train_halting(
         for tokens, asked in batches:
             tokens = tokens.to(device)
             asked = torch.ones_like(tokens, dtype=torch.bool) if asked is None else asked.to(device)
-            with torch.no_grad():
-                states = model.think(tokens, n_passes)
-                answers = torch.stack([model.read(state, at=asked).argmax(-1) for state in states])  # (pass, asked)
-                halts = settled(answers).to(states.dtype)
-            stop = model.halting(states)[:, asked]
-            loss = loss + F.binary_cross_entropy(stop, halts)
+            loss = loss + halting_loss(model, tokens, asked, n_passes)[0]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -19,8 +19,8 @@ from ..model import Core, Mythos, MythosConfig, initialise
 from ..moe import MixtureOfExperts
 from ..questions import Tokenizer, forest, reference_documents, require, split, text_batches, two_chains
 from ..thinking import think
-from ..training import Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, held_out_bits, optimisers
-from ..training import question_words, schedule, settled, training_step
+from ..training import Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, halting_loss, held_out_bits, optimisers
+from ..training import question_words, schedule, training_step
 from .course import UserError, shown
 
 LABELS, COLOURS = 80, 8
@@ -360,11 +360,7 @@ def learn_halting(trial: Trial, model: Mythos, n_steps: int = 300, n_passes: int
         n_facts = None if step % 2 else int(torch.randint(8, trial.n_facts + 1, (), generator=draw))
         batch = questions(trial, 24, max_depth=DEPTH, n_facts=n_facts, generator=draw)
         asked = batch.difficulty >= 0
-        with torch.no_grad():
-            states = model.think(batch.tokens, n_passes)
-            answers = torch.stack([model.read(state, at=asked).argmax(-1) for state in states])
-        stop = model.halting(states)
-        loss = F.binary_cross_entropy(stop[:, asked], settled(answers).float())
+        loss, stop = halting_loss(model, batch.tokens, asked, n_passes)
         rest = torch.ones_like(stop[:, ~asked])
         rest[0] = 0.0
         loss = loss + F.binary_cross_entropy(stop[:, ~asked], rest)
