@@ -65,6 +65,38 @@ def test_a_head_that_begins_shut_has_weight_left_for_passes_that_were_never_trai
     assert weights[:3] == [0.5, 0.5, 0.0]
 
 
+def test_the_mean_takes_only_what_is_left_of_the_last_state_that_counts():
+    model = build(replace(GROUPS["failure"][0], head=torch.logit(torch.tensor(0.6)).item()))
+    weights = evidence.halting_weights(model, torch.randn(4, 1, 3, 64))
+    assert torch.allclose(weights[:, 0, 0], torch.tensor([0.6, 0.4, 0.0, 0.0]), atol=1e-6)
+
+
+def test_facts_that_rest_show_what_they_were_after_two_passes():
+    batch = fact_list(2, max_depth=9, generator=torch.Generator().manual_seed(0))
+    model, trial = build(Trial("x")).eval(), Trial("x")
+    kinds = {rest: list(evidence.answers_after(model, batch, [1, 2, 8], trial, rest=rest)) for rest in (False, True)}
+    assert torch.allclose(kinds[True][1], kinds[False][1], atol=1e-5)
+    assert not torch.allclose(kinds[True][2], kinds[False][2], atol=1e-4)
+    each = torch.where(batch.difficulty >= 0, 8, 2)
+    assert torch.allclose(kinds[True][2], model(batch.tokens, each).logits[batch.difficulty >= 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("shift", "right", "choice"), [(0, 1.0, 1.0), (1, 0.0, 0.0)])
+def test_stairs_tell_the_right_colour_from_the_other(monkeypatch, shift, right, choice):
+    def oracle(model, batch, passes, trial, *, rest):
+        asked = batch.difficulty >= 0
+        answers = batch.path[..., -1].where(asked, -1)
+        pair = torch.stack([row[row >= 0].unique() for row in answers])  # (list, the two colours)
+        place = (answers[asked] == pair[asked.nonzero()[:, 0], 1]).long()
+        said = pair[asked.nonzero()[:, 0], (place + shift) % 2]
+        for _ in passes:
+            yield torch.nn.functional.one_hot(said, LABELS + COLOURS).float()
+
+    monkeypatch.setattr(evidence, "answers_after", oracle)
+    stair = stairs(torch.nn.Identity(), Trial("x"), 6, [6], rest=True, n_lists=4)
+    assert stair == {"right": {"6": [right] * 6}, "choice": {"6": [choice] * 6}}
+
+
 def test_what_is_taught_is_what_counts():
     batch = fact_list(2, max_depth=3, generator=torch.Generator().manual_seed(0))
     model = build(Trial("x"))
