@@ -131,6 +131,8 @@ GROUPS = {
         Trial("queries and keys not normed", **_chains, model=dict(qk_norm=False)),
         Trial("half as wide", **_chains, model=dict(dim=64, hidden_dim=128)),
         Trial("at most twelve facts", **_chains | dict(n_facts=12)),
+        Trial("half as many steps", **_chains | dict(n_steps=500)),
+        Trial("half as many again", **_chains | dict(n_steps=1500)),
     ),
     "text": (
         Trial("theirs", **_text | _theirs, model=_as_theirs),
