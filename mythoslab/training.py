@@ -377,6 +377,7 @@ class TrainConfig:
         n_passes: Numbers of passes to draw from for each window of text; empty for the model's own.
         n_backward: Last passes that gradients of text go through; 0 for all.
         max_depth: Links of the longest chains, 1 … 19; training starts at one and goes on when it answers.
+        chains_first: Share of the steps at the beginning in which chains are all there is; text and the other questions join then.
         n_facts: Fewest and most facts before the questions of a step.
         n_asked: Questions after the facts of each text, ≥ 1.
         more_passes: A step of questions runs 1 … this many passes more than the depth of its chains, ≥ 1.
@@ -403,6 +404,7 @@ class TrainConfig:
     n_passes: tuple[int, ...] = ()
     n_backward: int = 0
     max_depth: int = 5
+    chains_first: float = 0.0
     n_facts: tuple[int, int] = (6, 20)
     n_asked: int = 10
     more_passes: int = 4
@@ -427,10 +429,11 @@ class TrainConfig:
         for name in ("weight_decay", "bias_rate"):
             got = getattr(self, name)
             require(_is_number(got) and 0 <= got < math.inf, name, got, "a number of at least 0")
-        for name in ("warm_up", "decay"):
+        for name in ("warm_up", "decay", "chains_first"):
             got = getattr(self, name)
             require(_is_number(got) and 0 <= got <= 1, name, got, "a share of the steps, 0 to 1")
         require(self.warm_up + self.decay <= 1, "warm_up + decay", self.warm_up + self.decay, "at most 1")
+        require(self.chains_first == 0 or self.question_batch > 0, "chains_first", self.chains_first, "0 if there are no questions")
         for name in ("n_passes", "n_facts"):
             got = getattr(self, name)
             whole = isinstance(got, tuple) and all(_is_whole(count) and count >= 1 for count in got)
@@ -440,6 +443,11 @@ class TrainConfig:
         deepest = len(NAMES) // 2 - 1
         require(self.max_depth <= deepest, "max_depth", self.max_depth, f"at most {deepest}: two chains share the names")
         require(_is_whole(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "0 or above, and below 2**63")
+
+    @property
+    def n_chains_first(self) -> int:
+        """Steps of chains alone."""
+        return round(self.chains_first * self.n_steps)
 
     @property
     def longest_question(self) -> int:
@@ -523,14 +531,14 @@ class Curriculum:
 
 # %% ../notebooks/09_training.ipynb #draw-questions
 def draw_questions(
-    words: Words, config: TrainConfig, curriculum: Curriculum, generator: torch.Generator
+    words: Words, config: TrainConfig, curriculum: Curriculum, generator: torch.Generator, *, chains_alone: bool = False
 ) -> tuple[QuestionBatch, int]:
-    """The questions of a step, of all three kinds, and the passes to run."""
+    """The questions of a step, of all three kinds or chains alone, and the passes to run."""
 
     def number(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
 
-    n_chains = (config.question_batch + 1) // 2
+    n_chains = config.question_batch if chains_alone else (config.question_batch + 1) // 2
     n_sums = (config.question_batch - n_chains + 1) // 2
     n_known = config.question_batch - n_chains - n_sums
     depth = curriculum.depth
@@ -743,19 +751,26 @@ def text_losses(model: Mythos, batch: tuple[Tensor, Tensor], config: TrainConfig
 
 
 def make_step(
-    model: Mythos, config: TrainConfig, text: Iterator | None, words: Words | None, curriculum: Curriculum, draw: torch.Generator
+    model: Mythos,
+    config: TrainConfig,
+    text: Iterator | None,
+    words: Words | None,
+    curriculum: Curriculum,
+    draw: torch.Generator,
+    *,
+    chains_alone: bool = False,
 ) -> Callable[[Sequence[torch.optim.Optimizer], int], Step]:
     """Draw the batches of a step now; the function that is handed back takes it, and tells what it did."""
     kinds, losses, right, n_tokens, n_passes = [], [], [], 0, 0
     for _ in range(config.accumulate):
-        if text is not None:
+        if text is not None and not chains_alone:
             batch = next(text)
             of_text = text_losses(model, batch, config, draw)
             kinds += ["text"] * len(of_text)
             losses += of_text.values()
             n_tokens, n_passes = n_tokens + batch[0].numel(), max(n_passes, *of_text)
         if config.question_batch:
-            questions, count = draw_questions(words, config, curriculum, draw)
+            questions, count = draw_questions(words, config, curriculum, draw, chains_alone=chains_alone)
             reads = sorted({count - 1, *torch.randperm(count, generator=draw).tolist()[: config.n_read - 1]})
             losses.append(partial(_noting, right, model, questions.to(model.embedding.weight.device), count, reads))
             kinds.append("questions")
@@ -982,7 +997,7 @@ def train(
         draw.set_state(tensors["draw"])
         curriculum = Curriculum(**state["curriculum"])
         history = [Step(*values) for values in state["history"]]
-        for _ in range(state["step"] * config.accumulate if text else 0):
+        for _ in range(max(0, state["step"] - config.n_chains_first) * config.accumulate if text else 0):
             next(text)  # what was read before
         for part in folder.glob(".part-*"):  # of a checkpoint that was not finished
             shutil.rmtree(part)
@@ -999,7 +1014,7 @@ def train(
             number = len(history)
             for group in (group for optimiser in optims for group in optimiser.param_groups):
                 group["lr"] = config.learning_rate * schedule(number, config)
-            take = make_step(model, config, text, words, curriculum, draw)
+            take = make_step(model, config, text, words, curriculum, draw, chains_alone=number < config.n_chains_first)
             try:
                 step = take(optims, number + 1)
             except ValueError as error:
@@ -1052,10 +1067,11 @@ def settled(answers: Int64[Tensor, "pass *token"]) -> Bool[Tensor, "pass *token"
 
 def halting_loss(
     model: Mythos, tokens: Int64[Tensor, "batch position"], asked: Bool[Tensor, "batch position"], n_passes: int
-) -> tuple[Float[Tensor, ""], Float[Tensor, "pass batch position"]]:
-    """How far the halting head is from knowing which answers are settled, in nats per decision; and what it says.
+) -> Float[Tensor, ""]:
+    """How far the halting head is from stopping where it should, in nats per decision.
 
-    The model answers after every pass, without gradients: only the head can learn.
+    A token that is asked something should stop once its answer is settled, any other after two passes. The model answers after
+    every pass, without gradients: only the head can learn.
 
     Args:
         asked: Where an answer is asked for.
@@ -1065,7 +1081,12 @@ def halting_loss(
         states = model.think(tokens, n_passes)
         answers = torch.stack([model.read(state, at=asked).argmax(-1) for state in states])  # (pass, asked)
     stop = model.halting(states)
-    return F.binary_cross_entropy(stop[:, asked], settled(answers).to(states.dtype)), stop
+    loss = F.binary_cross_entropy(stop[:, asked], settled(answers).to(states.dtype))
+    if asked.all():
+        return loss
+    rest = torch.ones_like(stop[:, ~asked])
+    rest[0] = 0.0
+    return loss + F.binary_cross_entropy(stop[:, ~asked], rest)
 
 
 def train_halting(
@@ -1077,9 +1098,9 @@ def train_halting(
     n_passes: int = 12,
     learning_rate: float = 2e-3,
 ) -> list[float]:
-    """The second stage: teach the halting head alone when an answer will not change any more.
+    """The second stage: teach the halting head alone when a token may stop, by :func:`halting_loss`.
 
-    The head reads the states of every pass, and is told which answers were settled. It never touches what the model knows.
+    The head reads the states of every pass, and never touches what the model knows.
 
     Args:
         data, config, words: As for :func:`train`; ``config.halting_steps`` steps.
@@ -1111,7 +1132,7 @@ def train_halting(
         for tokens, asked in batches:
             tokens = tokens.to(device)
             asked = torch.ones_like(tokens, dtype=torch.bool) if asked is None else asked.to(device)
-            loss = loss + halting_loss(model, tokens, asked, n_passes)[0]
+            loss = loss + halting_loss(model, tokens, asked, n_passes)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -1288,7 +1309,7 @@ TRAINING = {
     "tiny": TrainConfig(n_steps=800, batch_size=6, question_batch=32, n_facts=(4, 10), n_asked=8, max_depth=3, learning_rate=0.006, decay=0.4),
     "course": TrainConfig(n_steps=6000, batch_size=4, question_batch=24, n_facts=(6, 24), n_passes=(2, 3, 4, 5, 6), halting_steps=300),
 }
-_text_alone = replace(TRAINING["course"], question_batch=0, n_passes=(), halting_steps=0)
+_text_alone = TrainConfig(n_steps=6000, batch_size=4)
 TRAINING |= {"course-flat": _text_alone, "course-stack": _text_alone}  # to compare with: the same text, in the same order
 
 
@@ -1303,7 +1324,8 @@ def measure(
 
     Returns:
         ``bits_per_byte`` of the held-out text, by passes and of the yardsticks; ``right``, in shares by passes, of chains by
-        links, in random forests and on two balanced chains, of sums by columns that a carry crosses, and of facts.
+        links, in random forests, on two balanced chains and on two ``longer`` ones, three times as long as any in training, of sums by
+        columns that a carry crosses, and of facts.
     """
     trained = model.config.n_passes
     counts = sorted({1, trained, 2 * trained, 4 * trained} if trained > 1 else {1})
@@ -1314,16 +1336,21 @@ def measure(
     if max_depth is None:
         return results
     words, draw = Words(tokenizer), torch.Generator().manual_seed(seed + 3)
-    longest = max(2, min(20, (model.config.context_length - 20) // 3))  # 3 tokens a fact, 2 for each of ten questions
+    context = model.config.context_length
+    longest = max(2, min(20, (context - 20) // 3))  # 3 tokens a fact, 2 for each of ten questions
+    longer = min(3 * max_depth, len(NAMES) // 2 - 1, (context - 2) // 6 - 1)  # links of two chains that names and context can hold
+
+    def balanced(batch_size, links):
+        return [chain_questions(batch_size, words, max_depth=links, depth=depth, generator=draw) for depth in range(links + 1)]
+
     asked = {
         "forests": [chain_questions(256, words, max_depth=max_depth, n_facts=longest, n_asked=10, generator=draw)],
-        "balanced": [
-            chain_questions(128, words, max_depth=max_depth, depth=depth, generator=draw) for depth in range(max_depth + 1)
-        ],
+        "balanced": balanced(128, max_depth),
         "sums": [
             sum_questions(64, words, n_digits=3, length=56, chain=chain or None, generator=draw) for chain in range(4)
         ],
         "facts": [fact_questions(32, words, length=64, generator=draw)],
+        "longer": balanced(64, longer),
     }
     results["right"] = {}
     for kind, batches in asked.items():
@@ -1355,6 +1382,7 @@ def told_results(results: dict) -> str:
         "balanced": "on two equal chains, by links",
         "sums": "digits of sums, by columns that a carry crosses",
         "facts": "facts known by heart",
+        "longer": "on two equal chains longer than in training, by links",
     }
     for kind, by_passes in results.get("right", {}).items():
         lines += ["", f"right answers in %: {titles[kind]}"]

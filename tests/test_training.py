@@ -1,6 +1,7 @@
 """mythoslab.training: yardsticks, graded questions, losses, a run that survives whatever happens, the commands, and the checks."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from mythoslab.training import (
     draw_questions,
     exception_facts,
     fact_questions,
+    halting_loss,
     held_out_bits,
     join,
     load,
@@ -586,6 +588,31 @@ def test_questions_are_accumulated_too(words):
     assert step.loss is None and step.n_tokens == n_tokens and 0 <= step.right <= 1 and step.depth == 1
 
 
+def test_chains_come_first_and_then_all_of_the_text_in_its_order(words, data, monkeypatch):
+    read, drawn = [], []
+    text_losses, draw = training.text_losses, training.draw_questions
+    monkeypatch.setattr(training, "text_losses", lambda model, batch, *given: read.append(batch[0]) or text_losses(model, batch, *given))
+    monkeypatch.setattr(training, "draw_questions", lambda *given, **kind: drawn.append(draw(*given, **kind)) or drawn[-1])
+    plan = replace(PLAN, n_steps=10, chains_first=0.4)
+    steps = train(new_model(words), data, plan, words=words)
+    assert [step.loss is None for step in steps] == [True] * 4 + [False] * 6
+    assert all(step.question_loss > 0 and step.right is not None for step in steps)
+    later, read[:] = list(read), []
+    train(new_model(words), data, replace(PLAN, n_steps=6), words=words)
+    assert len(later) == len(read) == 6 and all(torch.equal(one, other) for one, other in zip(later, read))
+    sums = [(batch.tokens == words.plus).any(1).sum().item() for batch, _ in drawn[:10]]
+    assert sums == [0] * 4 + [1] * 6
+    for batch, _ in drawn[:4]:  # nothing but chains: all that is asked is a name after a question mark
+        asked = batch.difficulty >= 0
+        assert asked.any(1).all() and torch.isin(batch.tokens[asked], words.names).all()
+        assert (batch.tokens.roll(1, 1)[asked] == words.ask).all()
+
+
+def test_chains_cannot_come_first_without_questions():
+    with pytest.raises(ValueError, match="chains_first is 0.5; it must be 0 if there are no questions"):
+        TrainConfig(chains_first=0.5)
+
+
 def test_the_bias_of_experts_moves_in_training_and_each_step_counts_anew(words, data):
     kind = dict(ffn="moe", expert_dim=8, n_routed_experts=4, n_experts_per_token=1)
 
@@ -611,11 +638,31 @@ def test_settled_is_what_never_changes_again():
     assert settled(answers)[-1].all() and not settled(answers)[0, 0] and settled(answers)[0, 1]
 
 
+def test_the_head_is_taught_to_stop_where_an_answer_is_settled_and_after_two_passes_where_nothing_is_asked(words):
+    model = new_model(words, halting="settled")
+    torch.nn.init.normal_(list(model.halting.parameters())[-1])
+    tokens, asked = torch.randint(model.config.vocab_size, (3, 9), generator=seeded(0)), torch.rand(3, 9, generator=seeded(1)) < 0.3
+    with torch.no_grad():
+        states = model.think(tokens, 5)
+        stop, answers = model.halting(states), torch.stack([model.read(state).argmax(-1) for state in states])
+    kinds = {True: [], False: []}
+    for row, place in itertools.product(range(3), range(9)):
+        for count in range(5):
+            mine = answers[:, row, place]
+            should = (mine[count:] == mine[-1]).all().item() if asked[row, place] else count >= 1
+            said = stop[count, row, place].item()
+            kinds[asked[row, place].item()].append(-math.log(said if should else 1 - said))
+    by_hand = {kind: sum(losses) / len(losses) for kind, losses in kinds.items()}
+    assert math.isclose(halting_loss(model, tokens, asked, 5).item(), by_hand[True] + by_hand[False], rel_tol=1e-4)
+    everywhere = halting_loss(model, tokens[asked][None], torch.ones(1, int(asked.sum()), dtype=torch.bool), 5)
+    assert math.isfinite(everywhere.item())
+
+
 def test_the_second_stage_touches_the_head_alone(words, data):
     model = new_model(words, halting="settled", ffn="moe", expert_dim=8, n_routed_experts=4)
     before = copy.deepcopy(model.state_dict())
     losses = train_halting(model, data, replace(PLAN, halting_steps=8), words=words, n_passes=4)
-    assert len(losses) == 8 and all(map(math.isfinite, losses)) and math.isclose(losses[0], 2 * math.log(2), rel_tol=1e-4)
+    assert len(losses) == 8 and all(map(math.isfinite, losses)) and math.isclose(losses[0], 3 * math.log(2), rel_tol=1e-4)  # text, questions, rest
     assert losses[-1] < losses[0]
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]) != (name.startswith("halting.") and weight.numel() > 0), name
@@ -937,7 +984,7 @@ folder, text, seed = Path(sys.argv[1]), Path(sys.argv[2]).read_text(encoding="ut
 tokenizer = Tokenizer.train(text + training.question_words(), 512)
 words, data = training.Words(tokenizer), tokenizer.encode(text)
 plan = training.TrainConfig(n_steps=45, batch_size=2, question_batch=4, n_facts=(4, 6), n_asked=3, max_depth=3,
-    n_passes=(1, 2), accumulate=2, bias_rate=0.01, save_every=3)
+    n_passes=(1, 2), accumulate=2, bias_rate=0.01, save_every=3, chains_first=0.3)
 shape = MythosConfig(tokenizer.vocab_size, dim=16, n_heads=2, hidden_dim=24, n_passes=2, context_length=48, ffn="moe",
     expert_dim=8, n_routed_experts=4, halting="settled")
 training.shortest_fact(words)
@@ -1088,6 +1135,8 @@ def test_the_rate_rises_holds_and_falls_and_is_never_zero(n_steps, warm_up, deca
         ("weight_decay", -0.1),
         ("warm_up", 1.5),
         ("decay", -0.5),
+        ("chains_first", 1.5),
+        ("chains_first", None),
         ("n_passes", (1, 0)),
         ("n_passes", 3),
         ("learning_rate", "0.1"),
@@ -1397,7 +1446,7 @@ def test_train_says_all_it_promises_and_ask_goes_on_from_it(tmp_path, capsys):
         assert line[2:36].strip() == name and 0 < float(line[36:]) < 10
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert training.told_results(results) in printed and results["run"]["n_steps"] == 2 and results["run"]["seed"] == 3
-    assert set(results["right"]) == {"forests", "balanced", "sums", "facts"}
+    assert set(results["right"]) == {"forests", "balanced", "sums", "facts", "longer"}
     for by_passes in results["right"].values():
         assert set(by_passes) == {str(count * passes) if count else "1" for count in (0, 1, 2, 4)}
         assert all(0 <= share <= 1 for shares in by_passes.values() for share in shares)

@@ -361,11 +361,7 @@ def learn_halting(trial: Trial, model: Mythos, n_steps: int = 300, n_passes: int
     for step in tqdm(range(n_steps), desc=f"{trial.task}, {trial.name}, halting", leave=False):
         n_facts = None if step % 2 else int(torch.randint(8, trial.n_facts + 1, (), generator=draw))
         batch = questions(trial, 24, max_depth=DEPTH, n_facts=n_facts, generator=draw)
-        asked = batch.difficulty >= 0
-        loss, stop = halting_loss(model, batch.tokens, asked, n_passes)
-        rest = torch.ones_like(stop[:, ~asked])
-        rest[0] = 0.0
-        loss = loss + F.binary_cross_entropy(stop[:, ~asked], rest)
+        loss = halting_loss(model, batch.tokens, batch.difficulty >= 0, n_passes)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
