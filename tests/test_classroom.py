@@ -273,7 +273,7 @@ def test_filled_with_the_reference_it_saves_the_same_bytes_from_what_ran_and_not
 
 
 def test_only_code_that_ran_and_passed_is_saved(workbook):
-    wrong = ADDING["add"].replace("fsum", "sum")
+    wrong = ADDING["add"].replace("fsum(numbers)", "fsum(numbers[:2]) + fsum(numbers[2:])")  # sum alone is exact here from Python 3.12 on
     own = ADDING["add"].replace("fsum(numbers)", "fsum(list(numbers))")
     printed = workbook.execute(
         {
