@@ -358,7 +358,8 @@ class KeyValueAttention(GroupedQueryAttention):
             kept = memory.write(kept, pass_index).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             key, value = kept.split_with_sizes((self.n_kv_heads, self.n_kv_heads), 1)
         group = query.shape[1] // self.n_kv_heads
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        if group > 1:
+            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         if places is None:
             mixed = causal_attention(query, key, value, self.head_dim**-0.5)
         else:

@@ -22,7 +22,7 @@ from .questions import Tokenizer, require
 
 # %% ../notebooks/10_thinking.ipynb #rules
 #: Rules by which a token stops, each with the threshold it is used with unless another is given.
-RULES = {"settled": 0.9, "accumulate": 0.99, "act": 0.99, "ponder": 0.5, "converge": 0.02, "none": math.inf}
+RULES = {"settled": 0.9, "accumulate": 0.99, "act": 0.99, "ponder": 0.5, "converge": 0.3, "none": math.inf}
 
 
 class Stopper:
@@ -30,10 +30,10 @@ class Stopper:
 
     Args:
         model: Its head gives the probability to stop that most rules read.
-        rule: ``"settled"``, where the head says that the answer will not change any more; ``"accumulate"`` and ``"ponder"``, where the
-            halting distribution has passed; ``"act"``, where the probabilities add up; ``"converge"``, where a pass changed less than
-            this share of the state; ``"none"``, never.
-        threshold: What must be reached, or for ``"converge"`` undercut; that of :data:`RULES` by default.
+        rule: ``"settled"``, where the head says that the answer will not change any more; ``"accumulate"``, where it has probably
+            stopped by now, and ``"ponder"``, the same up to the median; ``"act"``, where the probabilities add up; ``"converge"``,
+            where a pass changed less than this share of the state; ``"none"``, never.
+        threshold: What must be reached, for ``"settled"`` passed, or for ``"converge"`` undercut; that of :data:`RULES` by default.
         shape: Of the tokens, (batch, position).
 
     Raises:
@@ -92,7 +92,8 @@ class Gathered(Shown):
         """Show ``new``; return all that these sequences show at this pass."""
         slot = self.slot(pass_index)
         slot[self.rows.unsqueeze(1), self.places] = new.to(slot.dtype)
-        return slot[self.rows, : self.n_seen].to(new.dtype)
+        everyone = len(self.rows) == len(slot)  # then nothing is copied
+        return (slot if everyone else slot[self.rows])[:, : self.n_seen].to(new.dtype)
 
 # %% ../notebooks/10_thinking.ipynb #reader
 class Reader:
@@ -133,13 +134,17 @@ class Reader:
 
     @torch.inference_mode()
     def read(
-        self, tokens: Int64[Tensor, "batch position"], counts: Int64[Tensor, "batch"] | None = None
+        self,
+        tokens: Int64[Tensor, "batch position"],
+        counts: Int64[Tensor, "batch"] | None = None,
+        at: Bool[Tensor, "batch position"] | None = None,
     ) -> Thought:
         """Read tokens after those that were read before.
 
         Args:
             tokens: New ones, the same number for each sequence, or filled up behind.
             counts: How many of them count, ≥ 1; all by default. What is said of the others means nothing.
+            at: Where logits are wanted, (wanted, vocab) then; everywhere by default.
 
         Raises:
             ValueError: They do not fit into the context, or a sequence has none.
@@ -159,14 +164,14 @@ class Reader:
         places = self.lengths.unsqueeze(1) + torch.where(real, offsets, 0)  # (batch, position)
 
         inputs = self._inputs(tokens, rows, places, real)
-        state, passes = inputs, torch.zeros_like(tokens)
+        state, passes = inputs.clone(), torch.zeros_like(tokens)
         thinking, stopper = real.clone(), Stopper(model, self.rule, self.threshold, tokens.shape)
         memories = self._memories(self.cache.core, rows, places)
         for pass_index in range(self.max_passes):
             if pass_index:
                 for memory in memories:
                     memory.carry(pass_index, rows.unsqueeze(1), places)
-            state = self._pass(state, inputs, thinking, places, pass_index, memories, passes, stopper)
+            self._pass(state, inputs, thinking, places, pass_index, memories, passes, stopper)
             if not thinking.any():
                 break
         for later in range(pass_index + 1, len(self.cache.core[0].memory)):
@@ -178,7 +183,7 @@ class Reader:
             state = block(state, 0, memory)
         self.cache.tokens[rows.unsqueeze(1).expand_as(places)[real], places[real]] = tokens[real]
         self.lengths = self.lengths + counts
-        return Thought(model.head(model.norm(state)), passes, None)
+        return Thought(model.head(model.norm(state if at is None else state[at.to(device)])), passes, None)
 
     def _inputs(self, tokens: Tensor, rows: Tensor, places: Tensor, real: Tensor) -> Tensor:
         """The tokens after the prelude."""
@@ -193,8 +198,8 @@ class Reader:
             x = block(x, 0, memory)
         return model.prelude_norm(x)
 
-    def _pass(self, state, inputs, thinking, places, pass_index, memories, passes, stopper) -> Tensor:
-        """One pass of the tokens that think; who stops after it is struck off."""
+    def _pass(self, state, inputs, thinking, places, pass_index, memories, passes, stopper) -> None:
+        """One pass of the tokens that think, written into ``state``; who stops after it is struck off."""
         rows = torch.where(thinking.any(1))[0]
         some = thinking[rows]
         n_most = int(some.sum(1).max())
@@ -206,13 +211,11 @@ class Reader:
             memory.rows, memory.places = rows, places[column, order]
         before = state[column, order]
         after = self.model.core.one_pass(before, inputs[column, order], pass_index, memories)
-        state = state.clone()
         state[column, order] = after
         at = column.expand_as(order)[picked], order[picked]
         passes[at] = pass_index + 1
         since = before[picked] if pass_index else torch.zeros_like(before[picked])
         thinking[at] = ~stopper.stops(after[picked], since, at)
-        return state
 
 
 def _fill_up(x: Float[Tensor, "batch position dim"], real: Bool[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
@@ -228,6 +231,7 @@ def think(
     rule: str = "settled",
     threshold: float | None = None,
     counts: Int64[Tensor, "batch"] | None = None,
+    at: Bool[Tensor, "batch position"] | None = None,
 ) -> Thought:
     """Read a batch once, each token with as many passes as it needs.
 
@@ -236,6 +240,7 @@ def think(
         max_passes: Most passes of a token, ≥ 1.
         rule, threshold: When a token stops, as for :class:`Stopper`.
         counts: Tokens of each sequence that count; all by default.
+        at: Where logits are wanted, (wanted, vocab) then; everywhere by default.
 
     Returns:
         Logits, and the passes of every token; where ``counts`` says that a token does not count, zero passes.
@@ -243,7 +248,7 @@ def think(
     Source: tokens that stop one by one, Graves 2016, Dehghani et al. 2018; without computing what has stopped.
     """
     reader = Reader(model, len(tokens), max_passes=max_passes, rule=rule, threshold=threshold, goes_on=False)
-    return reader.read(tokens, counts)
+    return reader.read(tokens, counts, at)
 
 # %% ../notebooks/10_thinking.ipynb #nucleus
 def nucleus(logits: Float[Tensor, "vocab"], top_p: float) -> Float[Tensor, "vocab"]:
@@ -255,6 +260,8 @@ def nucleus(logits: Float[Tensor, "vocab"], top_p: float) -> Float[Tensor, "voca
     Source: Holtzman et al. 2019, section 3.1.
     """
     require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+    if top_p == 1:
+        return logits
     ordered, order = logits.sort(descending=True)
     chances = ordered.softmax(-1)
     left_out = chances.cumsum(-1) - chances >= top_p  # what comes before is enough
@@ -284,7 +291,7 @@ def generate(
 ) -> Iterator[list[Written]]:
     """Continue one prompt or several, each token with the passes it needs, as an iterator over steps.
 
-    A sequence gives the same tokens alone and in a batch. Once the context is full, the older half of it is forgotten.
+    A sequence gives the same tokens alone and in a batch. Once its context is full, the older half of it is forgotten.
 
     Args:
         tokens: A prompt, or several of any lengths.
@@ -319,17 +326,19 @@ def generate(
     kind = dict(max_passes=max_passes, rule=rule, threshold=threshold)
     Reader(model, 1, **kind)  # names what is wrong at once
 
-    def read(texts):
-        """A reader that has read these texts, and what it made of the last token of each."""
+    def read(reader, texts):
+        """Logits after the last token of each text, and the passes it took."""
         counts = torch.tensor([len(text) for text in texts])
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
-        reader = Reader(model, len(texts), **kind)
-        return reader, _last(reader.read(padded, counts), counts)
+        last = torch.arange(padded.shape[1]) == counts.unsqueeze(1) - 1
+        thought = reader.read(padded, counts, last)
+        return thought.logits.cpu().float(), thought.passes.cpu()[last].tolist()
 
     def write():
         texts = [prompt.tolist()[-context:] for prompt in prompts]
         draws = [torch.Generator().manual_seed(seed) for _ in prompts]
-        reader, (logits, passes) = read(texts)
+        reader = Reader(model, len(texts), **kind)
+        logits, passes = read(reader, texts)
         for step in range(n_new):
             written = []
             for text, row, used, draw in zip(texts, logits, passes, draws):
@@ -338,20 +347,15 @@ def generate(
                 written.append(Written(text[-1], used))
             yield written
             if step + 1 < n_new:
-                if int(reader.lengths.max()) == context:
-                    texts = [text[-(context // 2) :] for text in texts]
-                    reader, (logits, passes) = read(texts)
+                full = (reader.lengths == context).tolist()
+                if any(full):
+                    texts = [text[-(context // 2) :] if cut else text for text, cut in zip(texts, full)]
+                    reader = Reader(model, len(texts), **kind)
+                    logits, passes = read(reader, texts)
                 else:
-                    new = torch.tensor([[text[-1]] for text in texts])
-                    logits, passes = _last(reader.read(new), torch.ones(len(texts), dtype=torch.int64))
+                    logits, passes = read(reader, [text[-1:] for text in texts])
 
     return write()
-
-
-def _last(thought: Thought, counts: Int64[Tensor, "batch"]) -> tuple[Tensor, list[int]]:
-    rows = torch.arange(len(counts))
-    at = rows, counts - 1
-    return thought.logits.cpu().float()[at], thought.passes.cpu()[at].tolist()
 
 # %% ../notebooks/10_thinking.ipynb #answer
 class Piece(NamedTuple):

@@ -133,6 +133,23 @@ def test_a_full_context_forgets_its_older_half_and_goes_on():
     assert len(steps) == 12
 
 
+def test_a_full_context_of_one_sequence_changes_nothing_for_the_others():
+    model = lively(SMALL)
+    prompts = [torch.randint(31, (count,)) for count in (22, 15, 3)]
+    together = list(generate(model, prompts, 14, max_passes=3, seed=2))
+    for number, prompt in enumerate(prompts):
+        alone = list(generate(model, prompt, 14, max_passes=3, seed=2))
+        assert [step[0] for step in alone] == [step[number] for step in together]
+
+
+def test_logits_can_be_had_for_some_tokens_alone():
+    model, tokens = lively(SMALL), torch.randint(31, (5, 11))
+    at = torch.rand(5, 11) < 0.3
+    some, all_of_them = (think(model, tokens, max_passes=4, counts=COUNTS, at=where) for where in (at, None))
+    assert torch.equal(some.passes, all_of_them.passes)
+    assert torch.allclose(some.logits, all_of_them.logits[at], atol=1e-9)
+
+
 def test_a_long_prompt_is_refused_or_trimmed_on_request():
     model, prompt = lively(SMALL), torch.randint(31, (30,))
     with pytest.raises(ValueError, match="prompt tokens is 30.*1 to 24.*trim"):
@@ -193,6 +210,11 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(numbers, top_p):
     assert chances[kept].sum() >= top_p - 1e-9
     assert chances[kept].sum() - chances[kept].min() < top_p + 1e-9
     assert not (~kept).any() or chances[~kept].max() <= chances[kept].min() + 1e-12
+
+
+def test_all_chances_leave_every_token_even_those_that_rounding_loses():
+    logits = torch.tensor([30.0, 0.0, -5.0])
+    assert torch.equal(nucleus(logits, 1.0), logits)
 
 
 def test_text_comes_in_whole_characters_and_ends_before_a_stop_string():
