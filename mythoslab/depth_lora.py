@@ -193,7 +193,7 @@ def low_rank(
         rank: From one to the smaller side of the matrix, where the product is the matrix itself.
 
     Returns:
-        ``lora_b`` (..., out, rank) and ``lora_a`` (..., rank, in), of equal length in every direction.
+        ``lora_b`` (..., out, rank) and ``lora_a`` (..., rank, in), column ``i`` of the one as long as row ``i`` of the other.
 
     Raises:
         ValueError: The rank is out of range, or the matrix is not one or not finite.
@@ -204,6 +204,7 @@ def low_rank(
     require(len(shape) >= 2 and min(shape[-2:]) >= 1, "the shape of matrix", shape, "(…, out, in), none of them 0")
     most = min(shape[-2:])
     require(1 <= rank <= most, "rank", rank, f"from 1 to {most}, the smaller side of the matrix")
+    require(matrix.is_floating_point(), "the type of matrix", matrix.dtype, "a floating point type")
     require(bool(matrix.isfinite().all()), "matrix", "nan or infinite somewhere", "finite")
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
     left, values, right = torch.linalg.svd(wide, full_matrices=False)
