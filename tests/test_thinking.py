@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mythoslab import thinking
 from mythoslab.classroom.checks import reference
 from mythoslab.model import CHOICES, Mythos, MythosConfig
 from mythoslab.model import generate as generate_by_passes
@@ -117,6 +119,33 @@ def test_tokens_that_stop_are_not_computed():
     assert len(rows) == thought.passes.max() and rows[0] == 48
     thinking = [(thought.passes > number).sum(1) for number in range(len(rows))]
     assert rows == [int((some > 0).sum() * some.max()) for some in thinking] and min(rows) < 48
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(1, 200))
+def test_rows_are_grouped_so_that_no_cut_would_save_much(counts, worth):
+    counts = torch.tensor(counts)
+    groups = list(thinking._alike(counts, worth))
+    assert sorted(torch.cat(groups).tolist() if groups else []) == torch.where(counts > 0)[0].tolist()
+    for group in groups:
+        assert group.tolist() == sorted(group.tolist())  # a whole batch is in order, and not copied
+        some = counts[group].sort(descending=True).values
+        saved = [(some[0] - some[cut]) * (len(some) - cut) for cut in range(len(some))]
+        assert max(saved) < worth
+
+
+@pytest.mark.parametrize("rule", [("settled", 0.6), ("act", 0.99)])
+def test_rows_in_groups_think_what_they_think_together(monkeypatch, rule):
+    model, tokens = lively(SMALL), torch.randint(31, (5, 11))
+    kind = dict(max_passes=5, rule=rule[0], threshold=rule[1], counts=COUNTS)
+    together = think(model, tokens, **kind)
+    calls, one_pass = [], model.core.one_pass
+    model.core.one_pass = lambda *given: calls.append(1) or one_pass(*given)
+    monkeypatch.setattr(thinking, "_alike", partial(thinking._alike, worth=1))
+    apart = think(model, tokens, **kind)
+    assert len(calls) > together.passes.max()
+    assert torch.equal(apart.passes, together.passes)
+    real = torch.arange(11) < COUNTS.unsqueeze(1)
+    assert torch.allclose(apart.logits[real], together.logits[real], atol=1e-9)
 
 
 def test_a_full_context_forgets_its_older_half_and_goes_on():

@@ -54,12 +54,13 @@ class Trial:
         model: What its configuration changes in that of :data:`MODELS`.
         n_steps: Steps of training.
         taught: ``"links"``, every pass what is one link further; ``"answers"``, every pass the answer; ``"answer"``, only the last pass.
-        answers: From the ``"last"`` state, or from the ``"mean"`` of all, weighted by the halting head (adaptive computation time).
+        answers: From the ``"last"`` state, or from the ``"mean"`` of all, weighted by the halting head (adaptive computation time). Where
+            every pass is taught its link, the mean is not trained, and the head is taught when to stop before it is read.
         passes: Of every step; 0 to draw them anew at each.
         curriculum: Begin with one link, and go one further whenever nineteen of twenty are right.
         n_facts: Most facts of a list in training.
-        core: ``"ours"``; ``"stack"``, a block for every pass; ``"theirs"``, the update of OpenMythos; ``"no index"``, that without the
-            number of the pass.
+        core: ``"ours"``; ``"bare"``, that without a norm of the state; ``"stack"``, a block for every pass; ``"theirs"``, the update of
+            OpenMythos; ``"no index"``, that without the number of the pass.
         head: Bias that the halting head begins with: 0 for one half, and far below it for a head that hardly stops anything.
         seed: Of weights and questions.
     """
@@ -110,7 +111,11 @@ GROUPS = {
         Trial("no injection", model=dict(injection="none")),
         Trial("pass embedding", model=dict(pass_adapter="embedding")),
         Trial("LoRA for six passes", model=dict(pass_adapter="lora")),
+        Trial("sum, state not normed", core="bare"),
+        Trial("free linear, state not normed", core="bare", model=dict(injection="linear")),
+        Trial("LTI, state not normed", core="bare", model=dict(injection="lti")),
         Trial("six blocks", model=dict(n_core=6, n_passes=1), core="stack", passes=6),
+        Trial("twenty blocks", model=dict(n_core=20, n_passes=1), core="stack", passes=20),
         Trial("one block, one pass", model=dict(n_passes=1), taught="answer", passes=1),
     ),
     "failure": (
@@ -124,6 +129,11 @@ GROUPS = {
         Trial("+ every pass taught", taught="answers", model=dict(qk_norm=False)),
         Trial("+ one link taught", model=dict(qk_norm=False)),
         Trial("+ queries and keys normed"),
+    ),
+    "mean": (
+        Trial("normed state, mean", taught="answer", answers="mean", model=dict(qk_norm=False)),
+        Trial("normed state, mean, head shut", taught="answer", answers="mean", model=dict(qk_norm=False), head=-6.0),
+        Trial("mean, head taught to stop", answers="mean"),
     ),
     "chains": (
         Trial("ours", **_chains),
@@ -141,6 +151,7 @@ GROUPS = {
         Trial("+ passes drawn", **_text | _theirs | dict(passes=0), model=_as_theirs),
         Trial("+ last state", **_text | _theirs | dict(passes=0, answers="last"), model=_as_theirs),
         Trial("ours", **_text),
+        Trial("ours, eight passes", **_text, model=dict(n_passes=8)),
         Trial("as many weights, no loop", **_text, passes=1, model=dict(n_passes=1)),
         Trial("as much work, no loop", **_text, passes=1, model=dict(n_passes=1, n_core=4)),
         Trial("with MLA", **_text, model=dict(attention="mla", kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)),
@@ -163,6 +174,14 @@ class PackedFacts(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.weight[tokens % LABELS] + self.weight[LABELS + tokens // LABELS]
+
+
+class Bare(Core):
+    """The loop without a norm of the state."""
+
+    def __init__(self, config: MythosConfig):
+        super().__init__(config)
+        self.norm = nn.Identity()
 
 
 class Stack(Core):
@@ -214,7 +233,7 @@ def build(trial: Trial) -> Mythos:
     model = Mythos(config)
     if trial.task == "facts":
         model.embedding = PackedFacts(config.dim)
-    cores = {"stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex}
+    cores = {"bare": Bare, "stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex}
     if trial.core in cores:
         model.core = cores[trial.core](config)
         initialise(model)
@@ -463,17 +482,20 @@ def measure(trial: Trial, model: Mythos) -> dict:
         return found | {"bits": {str(count): round(held_out_bits(answering, tokens, n_bytes, n_passes=count), 4) for count in counts}}
     lengths = (6, 10, 20, 40) if trial.task == "facts" else (6, 10, 16, 20)
     found: dict = {"running": {}, "resting": {}}
+    can_stop = trial.taught == "links" and trial.core in ("ours", "bare")
+    if can_stop:  # first of all, since a mean is weighted by the head
+        learn_halting(trial, model)
+        model.eval()
     for length in lengths:
         counts = sorted({1, 6, 8, 16, 32, 64, length, length + 8}) if length == 6 else sorted({length // 2, length - 1, length, length + 8})
         found["running"][str(length)] = stairs(model, trial, length, counts, rest=False)
-        if trial.taught == "links" and trial.core == "ours":
+        if can_stop:
             found["resting"][str(length)] = stairs(model, trial, length, counts, rest=True)
     if trial.answers == "mean":
         batch = questions(trial, 64, max_depth=5, generator=torch.Generator().manual_seed(1006))
         found["weights_of_passes"] = weights_of_passes(model, batch.tokens, batch.difficulty >= 0)
-    if found["resting"]:
-        learn_halting(trial, model)
-        found["stopping"] = {str(length): stopping(model.eval(), trial, length) for length in lengths}
+    if can_stop:
+        found["stopping"] = {str(length): stopping(model, trial, length) for length in lengths}
     return found
 
 
