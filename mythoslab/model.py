@@ -898,6 +898,7 @@ PRESETS = {
 }
 # fmt: on
 _plain = replace(PRESETS["course"], core_positions="all", halting="none")
+PRESETS["course-loop"] = _plain  # the same loop, for text alone
 PRESETS["course-flat"] = replace(_plain, n_passes=1)  # as many weights, without a loop
 PRESETS["course-stack"] = _plain.unrolled()  # as much computation
 

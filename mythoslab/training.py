@@ -168,7 +168,7 @@ class QuestionBatch(NamedTuple):
 
     Args:
         tokens: The text, questions included; what is asked comes right after an asked position.
-        path: What should be known after 1, 2, … passes; the last entry is the answer, and holds for all later passes.
+        path: What should be known after 1, 2, … passes, one look-up each; the last entry is the answer, and holds for all later passes.
             −1 where nothing is asked.
         difficulty: Steps to the answer: links, or columns that a carry crosses. −1 where nothing is asked.
 
@@ -204,7 +204,7 @@ def chain_questions(
     Args:
         batch_size: Texts.
         max_depth: Most links from a name to the name with a colour.
-        n_facts: Facts of a random forest, to train on; None for two balanced chains of ``max_depth + 1``, to test with.
+        n_facts: Facts of a random forest; None for two balanced chains of ``max_depth + 1``.
         n_asked: Questions after the facts, or as many as there are facts; no answers stand between them.
         root_share: As for :func:`mythoslab.questions.forest`.
         depth: Ask only for names at this depth, one a text; by default for any.
@@ -377,7 +377,8 @@ class TrainConfig:
         n_passes: Numbers of passes to draw from for each window of text; empty for the model's own.
         n_backward: Last passes that gradients of text go through; 0 for all.
         max_depth: Links of the longest chains, 1 … 19; training starts at one and goes on when it answers.
-        chains_first: Share of the steps at the beginning in which chains are all there is; text and the other questions join then.
+        chains_first: Share of the steps at the beginning in which chains are the only questions, every pass of them is read, and
+            text has a fiftieth of its weight.
         n_facts: Fewest and most facts before the questions of a step.
         n_asked: Questions after the facts of each text, ≥ 1.
         more_passes: A step of questions runs 1 … this many passes more than the depth of its chains, ≥ 1.
@@ -762,8 +763,9 @@ def make_step(
 ) -> Callable[[Sequence[torch.optim.Optimizer], int], Step]:
     """Draw the batches of a step now; the function that is handed back takes it, and tells what it did."""
     kinds, losses, right, n_tokens, n_passes = [], [], [], 0, 0
+    weights = {"text": 0.02 if chains_alone else 1.0, "questions": 1.0}
     for _ in range(config.accumulate):
-        if text is not None and not chains_alone:
+        if text is not None:
             batch = next(text)
             of_text = text_losses(model, batch, config, draw)
             kinds += ["text"] * len(of_text)
@@ -772,17 +774,19 @@ def make_step(
         if config.question_batch:
             questions, count = draw_questions(words, config, curriculum, draw, chains_alone=chains_alone)
             reads = sorted({count - 1, *torch.randperm(count, generator=draw).tolist()[: config.n_read - 1]})
+            reads = list(range(count)) if chains_alone else reads
             losses.append(partial(_noting, right, model, questions.to(model.embedding.weight.device), count, reads))
             kinds.append("questions")
             n_tokens, n_passes = n_tokens + questions.tokens.numel(), max(n_passes, count)
-    scaled = [lambda loss=loss: loss() / config.accumulate for loss in losses]
+    shares = [weights[kind] / config.accumulate for kind in kinds]
+    scaled = [lambda loss=loss, share=share: share * loss() for loss, share in zip(losses, shares)]
 
     def take(optimisers, step):
         values = training_step(model, scaled, optimisers, clip=config.clip)
         for part in model.modules():
             if isinstance(part, MixtureOfExperts):
                 part.update_bias(config.bias_rate)
-        of = {kind: math.fsum(value for value, own in zip(values, kinds) if own == kind) for kind in kinds}
+        of = {kind: math.fsum(value for value, own in zip(values, kinds) if own == kind) / weights[kind] for kind in kinds}
         share = torch.cat(right).float().mean().item() if right else None
         depth = curriculum.depth if right else None
         if right:
@@ -997,7 +1001,7 @@ def train(
         draw.set_state(tensors["draw"])
         curriculum = Curriculum(**state["curriculum"])
         history = [Step(*values) for values in state["history"]]
-        for _ in range(max(0, state["step"] - config.n_chains_first) * config.accumulate if text else 0):
+        for _ in range(state["step"] * config.accumulate if text else 0):
             next(text)  # what was read before
         for part in folder.glob(".part-*"):  # of a checkpoint that was not finished
             shutil.rmtree(part)
@@ -1310,7 +1314,8 @@ TRAINING = {
     "course": TrainConfig(n_steps=6000, batch_size=4, question_batch=24, n_facts=(6, 24), n_passes=(2, 3, 4, 5, 6), halting_steps=300),
 }
 _text_alone = TrainConfig(n_steps=6000, batch_size=4)
-TRAINING |= {"course-flat": _text_alone, "course-stack": _text_alone}  # to compare with: the same text, in the same order
+# To compare with: the same text, in the same order, and no questions.
+TRAINING |= {"course-loop": replace(_text_alone, n_passes=(2, 3, 4, 5, 6)), "course-flat": _text_alone, "course-stack": _text_alone}
 
 
 def measure(
@@ -1458,7 +1463,7 @@ def train_preset(
         shutil.move(run / "tensorboard", out / "tensorboard")
     remove_run(run)
 
-    results = measure(model, tokenizer, training, held_out, seed=seed, max_depth=history[-1].depth)
+    results = measure(model, tokenizer, training, held_out, seed=seed, max_depth=plan.max_depth if plan.question_batch else None)
     results["run"] = dict(preset=name, seed=seed, n_steps=plan.n_steps, seconds=round(history[-1].seconds), weights=count_parameters(config))
     results["run"] |= dict(torch=torch.__version__, device=device.type, text=str(text or "the Python reference"))
     late = [step.loss for step in history[-200:] if step.loss is not None]

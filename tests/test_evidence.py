@@ -49,6 +49,26 @@ def test_a_stack_has_a_block_for_every_pass():
     assert torch.equal(states[:3], changed[:3]) and not torch.equal(states[3], changed[3])
 
 
+def test_a_bare_core_has_no_norm_and_else_the_weights_of_ours():
+    ours, bare = build(Trial("x")), build(Trial("x", core="bare"))
+    named = dict(ours.core.named_parameters())
+    assert set(named) - {"norm.weight"} == {name for name, _ in bare.core.named_parameters()}
+    batch = fact_list(2, max_depth=3, generator=torch.Generator().manual_seed(0))
+    grown = [model.think(batch.tokens, 20).norm(dim=-1).mean((1, 2)) for model in (ours, bare)]
+    assert grown[0][19] < 1.5 * grown[0][0] and grown[1][19] > 4 * grown[1][0]
+
+
+def test_a_mean_is_read_when_its_head_has_been_taught(monkeypatch):
+    calls = []
+    monkeypatch.setattr(evidence, "learn_halting", lambda *given: calls.append("taught"))
+    monkeypatch.setattr(evidence, "stairs", lambda *given, **kind: calls.append("read") or {})
+    monkeypatch.setattr(evidence, "stopping", lambda *given, **kind: calls.append("stopped") or {})
+    trial = Trial("x", answers="mean")
+    found = evidence.measure(trial, build(trial))
+    assert calls[0] == "taught" and calls.count("taught") == 1 and set(calls) == {"taught", "read", "stopped"}
+    assert found["resting"] and found["stopping"] and len(found["weights_of_passes"]) == 32
+
+
 def test_a_mean_of_states_takes_each_until_the_head_stops():
     trial = GROUPS["failure"][0]
     model = build(trial)

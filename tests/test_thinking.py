@@ -110,6 +110,17 @@ def test_without_a_rule_every_token_has_all_passes_and_writes_as_in_notebook_08(
     assert ours == list(generate_by_passes(model, torch.tensor([1, 2]), 9, temperature=0))
 
 
+@settings(deadline=None, max_examples=10)
+@given(configs, st.integers(1, 5), st.integers(0, 99))
+def test_the_plain_loop_is_the_model_with_one_number_of_passes(config, n_passes, seed):
+    model, tokens = lively(config, seed), torch.randint(31, (3, 9))
+    at = torch.rand(3, 9) < 0.4
+    with torch.inference_mode():
+        logits = model(tokens, n_passes).logits
+    assert torch.allclose(thinking.plain_loop(model, tokens, n_passes), logits, atol=1e-9)
+    assert torch.allclose(thinking.plain_loop(model, tokens, n_passes, at=at), logits[at], atol=1e-9)
+
+
 def test_tokens_that_stop_are_not_computed():
     model = lively(SMALL)
     rows = []

@@ -588,19 +588,21 @@ def test_questions_are_accumulated_too(words):
     assert step.loss is None and step.n_tokens == n_tokens and 0 <= step.right <= 1 and step.depth == 1
 
 
-def test_chains_come_first_and_then_all_of_the_text_in_its_order(words, data, monkeypatch):
-    read, drawn = [], []
-    text_losses, draw = training.text_losses, training.draw_questions
-    monkeypatch.setattr(training, "text_losses", lambda model, batch, *given: read.append(batch[0]) or text_losses(model, batch, *given))
+def test_chains_come_first_with_every_pass_read_and_text_a_fiftieth_of_its_weight(words, data, monkeypatch):
+    drawn, scaled, reads = [], [], []
+    draw, take, noting = training.draw_questions, training.training_step, training._noting
     monkeypatch.setattr(training, "draw_questions", lambda *given, **kind: drawn.append(draw(*given, **kind)) or drawn[-1])
-    plan = replace(PLAN, n_steps=10, chains_first=0.4)
+    monkeypatch.setattr(training, "training_step", lambda *given, **kind: scaled.append(take(*given, **kind)) or scaled[-1])
+    monkeypatch.setattr(training, "_noting", lambda *given: reads.append(given[3:]) or noting(*given))
+    plan = replace(PLAN, n_steps=10, chains_first=0.4, n_read=2, more_passes=4)
     steps = train(new_model(words), data, plan, words=words)
-    assert [step.loss is None for step in steps] == [True] * 4 + [False] * 6
-    assert all(step.question_loss > 0 and step.right is not None for step in steps)
-    later, read[:] = list(read), []
-    train(new_model(words), data, replace(PLAN, n_steps=6), words=words)
-    assert len(later) == len(read) == 6 and all(torch.equal(one, other) for one, other in zip(later, read))
-    sums = [(batch.tokens == words.plus).any(1).sum().item() for batch, _ in drawn[:10]]
+    assert all(step.loss > 4 and step.question_loss > 0 and step.right is not None for step in steps)
+    for step, values in zip(steps, scaled):  # what is lowered, and what is told
+        weight = 0.02 if step.step <= 4 else 1.0
+        assert math.isclose(sum(values), weight * step.loss + step.question_loss, rel_tol=1e-6)
+    for number, (count, read) in enumerate(reads):
+        assert read == list(range(count)) if number < 4 else 1 <= len(read) <= 2 and read[-1] == count - 1
+    sums = [(batch.tokens == words.plus).any(1).sum().item() for batch, _ in drawn]
     assert sums == [0] * 4 + [1] * 6
     for batch, _ in drawn[:4]:  # nothing but chains: all that is asked is a name after a question mark
         asked = batch.difficulty >= 0
@@ -1450,7 +1452,7 @@ def test_train_says_all_it_promises_and_ask_goes_on_from_it(tmp_path, capsys):
     for by_passes in results["right"].values():
         assert set(by_passes) == {str(count * passes) if count else "1" for count in (0, 1, 2, 4)}
         assert all(0 <= share <= 1 for shares in by_passes.values() for share in shares)
-    assert len(results["right"]["balanced"]["1"]) == 2 and len(results["right"]["sums"]["1"]) == 4
+    assert len(results["right"]["balanced"]["1"]) == 4 and len(results["right"]["sums"]["1"]) == 4
     assert str(out) in printed and "The for statement" in printed
     assert {path.name for path in out.iterdir()} == {*training.FILES, "log.jsonl", "results.json"}
     assert len((out / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 2
