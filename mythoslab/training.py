@@ -773,8 +773,8 @@ def make_step(
             n_tokens, n_passes = n_tokens + batch[0].numel(), max(n_passes, *of_text)
         if config.question_batch:
             questions, count = draw_questions(words, config, curriculum, draw, chains_alone=chains_alone)
-            reads = sorted({count - 1, *torch.randperm(count, generator=draw).tolist()[: config.n_read - 1]})
-            reads = list(range(count)) if chains_alone else reads
+            some = sorted({count - 1, *torch.randperm(count, generator=draw).tolist()[: config.n_read - 1]})
+            reads = range(count) if chains_alone else some
             losses.append(partial(_noting, right, model, questions.to(model.embedding.weight.device), count, reads))
             kinds.append("questions")
             n_tokens, n_passes = n_tokens + questions.tokens.numel(), max(n_passes, count)
