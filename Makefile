@@ -36,7 +36,7 @@ lab: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTEST) --dist worksteal tests
-	$(PYTEST) --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env --nbval-cell-timeout 300 -p tests.notebook_times notebooks
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env --nbval-cell-timeout 600 -p tests.notebook_times notebooks
 	$(BIN)/mythoslab export --check
 
 notebooks: $(INSTALLED)

@@ -33,7 +33,8 @@ class Stopper:
         rule: ``"settled"``, where the head says that the answer will not change any more; ``"accumulate"``, where it has probably
             stopped by now, and ``"ponder"``, the same up to the median; ``"act"``, where the probabilities add up; ``"converge"``,
             where a pass changed less than this share of the state; ``"none"``, never.
-        threshold: What must be reached, for ``"settled"`` passed, or for ``"converge"`` undercut; that of :data:`RULES` by default.
+        threshold: What must be reached, for ``"settled"`` passed, or for ``"converge"`` undercut: above 0, and below 1 but for
+            ``"act"`` and ``"converge"``; that of :data:`RULES` by default.
         shape: Of the tokens, (batch, position).
 
     Raises:
@@ -46,7 +47,9 @@ class Stopper:
         require(model.halting is not None or not needs_head, "rule", rule, "'converge' or 'none': this model has no halting head")
         self.model, self.rule = model, rule
         self.threshold = RULES[rule] if threshold is None else threshold
-        require(self.threshold > 0, "threshold", self.threshold, "above 0")
+        most = 1.0 if rule in ("settled", "accumulate", "ponder") else math.inf
+        fits = 0 < self.threshold < most or rule == "none"
+        require(fits, "threshold", self.threshold, "above 0 and below 1" if most == 1.0 else "above 0, and finite")
         self.paid = torch.zeros(shape, device=model.embedding.weight.device)
 
     def stops(
@@ -107,8 +110,9 @@ class Reader:
         model: Whose weights to think with.
         batch_size: Sequences.
         max_passes: Most passes of a token.
-        rule, threshold: When a token stops, as for :class:`Stopper`.
-        goes_on: Keep what is shown at every pass, to read more later; else one slot does for all passes.
+        rule, threshold: When a token stops, as for :class:`Stopper`; by default by the model's own rule.
+        goes_on: Keep what is shown at every pass, to read more later; else one slot does for all passes, and it reads once.
+        max_positions: Tokens of a sequence, a full context by default.
     """
 
     def __init__(
@@ -117,17 +121,21 @@ class Reader:
         batch_size: int = 1,
         *,
         max_passes: int,
-        rule: str = "settled",
+        rule: str | None = None,
         threshold: float | None = None,
         goes_on: bool = True,
+        max_positions: int | None = None,
     ):
         require(max_passes >= 1, "max_passes", max_passes, "at least 1")
+        rule = model.config.halting if rule is None else rule
         Stopper(model, rule, threshold, (1, 1))  # names what is wrong before anything is read
-        self.model, self.max_passes, self.rule, self.threshold = model, max_passes, rule, threshold
-        self.cache = model.new_cache(batch_size, n_slots=max_passes if goes_on else 1)
+        self.model, self.max_passes, self.rule, self.threshold, self.goes_on = model, max_passes, rule, threshold, goes_on
+        self.cache = model.new_cache(batch_size, max_positions, n_slots=max_passes if goes_on else 1)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=model.embedding.weight.device)
 
-    def _memories(self, caches: Sequence[LatentCache], rows: Tensor, places: Tensor) -> list[Gathered]:
+    def _memories(self, caches: Sequence[LatentCache], rows: Tensor, places: Tensor, together: bool) -> list[Shown]:
+        if together:
+            return [Shown(cache) for cache in caches]
         memories = [Gathered(cache) for cache in caches]
         for memory in memories:
             memory.rows, memory.places, memory.n_seen = rows, places, int(places.max()) + 1
@@ -148,13 +156,18 @@ class Reader:
             at: Where logits are wanted, (wanted, vocab) then; everywhere by default.
 
         Raises:
-            ValueError: They do not fit into the context, or a sequence has none.
+            ValueError: They do not fit into the context, a sequence has none or fewer than ``counts`` says, or it has read and does
+                not go on.
         """
         model, device = self.model, self.lengths.device
         tokens = tokens.to(device)
         batch_size, n_new = tokens.shape
         counts = torch.full((batch_size,), n_new, device=device) if counts is None else counts.to(device)
-        require(int(counts.min()) >= 1, "the smallest of counts", int(counts.min()), "at least 1")
+        fewest, most = int(counts.min()), int(counts.max())
+        require(fewest >= 1, "the smallest of counts", fewest, "at least 1")
+        require(most <= n_new, "the largest of counts", most, f"at most {n_new}, the tokens there are")
+        start = int(self.lengths.min())
+        require(self.goes_on or start == 0, "goes_on", self.goes_on, "true, to read more than once")
         context = model.config.context_length
         longest = int((self.lengths + counts).max())
         require(longest <= context, "the number of tokens", longest, f"at most {context}, the context")
@@ -164,15 +177,19 @@ class Reader:
         # What only fills up repeats the first new token of its row, place and all, and so writes nothing of its own.
         places = self.lengths.unsqueeze(1) + torch.where(real, offsets, 0)  # (batch, position)
 
-        inputs = self._inputs(tokens, rows, places, real)
+        # All stand side by side, and none is filled up: nothing has to be picked out until some of them stop.
+        together = fewest == n_new and start == int(self.lengths.max())
+        for cache in self.cache:
+            cache.length = start
+        inputs = self._inputs(tokens, rows, places, real, together)
         state, passes = inputs.clone(), torch.zeros_like(tokens)
         thinking, stopper = real.clone(), Stopper(model, self.rule, self.threshold, tokens.shape)
-        memories = self._memories(self.cache.core, rows, places)
+        memories = self._memories(self.cache.core, rows, places, False)
         for pass_index in range(self.max_passes):
-            if pass_index:
-                for memory in memories:
-                    memory.carry(pass_index, rows.unsqueeze(1), places)
-            self._pass(state, inputs, thinking, places, pass_index, memories, passes, stopper)
+            whole = together and bool(thinking.all())
+            for memory in memories if pass_index and not whole else []:
+                memory.carry(pass_index, rows.unsqueeze(1), places)
+            self._pass(state, inputs, thinking, places, pass_index, None if whole else memories, passes, stopper)
             if not thinking.any():
                 break
         for later in range(pass_index + 1, len(self.cache.core[0].memory)):
@@ -180,13 +197,13 @@ class Reader:
                 memory.carry(later, rows.unsqueeze(1), places)
 
         state = _fill_up(state, real)
-        for block, memory in zip(model.coda, self._memories(self.cache.coda, rows, places)):
+        for block, memory in zip(model.coda, self._memories(self.cache.coda, rows, places, together)):
             state = block(state, 0, memory)
         self.cache.tokens[rows.unsqueeze(1).expand_as(places)[real], places[real]] = tokens[real]
         self.lengths = self.lengths + counts
         return Thought(model.head(model.norm(state if at is None else state[at.to(device)])), passes, None)
 
-    def _inputs(self, tokens: Tensor, rows: Tensor, places: Tensor, real: Tensor) -> Tensor:
+    def _inputs(self, tokens: Tensor, rows: Tensor, places: Tensor, real: Tensor, together: bool) -> Tensor:
         """The tokens after the prelude."""
         model = self.model
         x = model.embedding_norm(model.embedding(tokens))
@@ -195,12 +212,23 @@ class Reader:
             first = model.embedding_norm(model.embedding(last)) * (self.lengths > 0).unsqueeze(1)
             x = model.token_shift(x, first.unsqueeze(1))
         x = _fill_up(x, real)
-        for block, memory in zip(model.prelude, self._memories(self.cache.prelude, rows, places)):
+        for block, memory in zip(model.prelude, self._memories(self.cache.prelude, rows, places, together)):
             x = block(x, 0, memory)
         return model.prelude_norm(x)
 
     def _pass(self, state, inputs, thinking, places, pass_index, memories, passes, stopper) -> None:
-        """One pass of the tokens that think, written into ``state``; who stops after it is struck off."""
+        """One pass of the tokens that think, written into ``state``; who stops after it is struck off.
+
+        Without memories all of them think.
+        """
+        core = self.model.core
+        if memories is None:
+            after, at = core.one_pass(state, inputs, pass_index, [Shown(cache) for cache in self.cache.core]), torch.where(thinking)
+            since = state if pass_index else torch.zeros_like(state)
+            thinking[at] = ~stopper.stops(after.flatten(0, 1), since.flatten(0, 1), at)
+            passes += 1
+            state.copy_(after)
+            return
         for rows in _alike(thinking.sum(1)):
             some = thinking[rows]
             n_most = int(some.sum(1).max())
@@ -211,7 +239,7 @@ class Reader:
             for memory in memories:
                 memory.rows, memory.places = rows, places[column, order]
             before = state[column, order]
-            after = self.model.core.one_pass(before, inputs[column, order], pass_index, memories)
+            after = core.one_pass(before, inputs[column, order], pass_index, memories)
             state[column, order] = after
             at = column.expand_as(order)[picked], order[picked]
             passes[at] = pass_index + 1
@@ -246,7 +274,7 @@ def think(
     tokens: Int64[Tensor, "batch position"],
     *,
     max_passes: int,
-    rule: str = "settled",
+    rule: str | None = None,
     threshold: float | None = None,
     counts: Int64[Tensor, "batch"] | None = None,
     at: Bool[Tensor, "batch position"] | None = None,
@@ -256,7 +284,7 @@ def think(
     Args:
         tokens: Filled up behind where sequences are shorter.
         max_passes: Most passes of a token, ≥ 1.
-        rule, threshold: When a token stops, as for :class:`Stopper`.
+        rule, threshold: When a token stops, as for :class:`Stopper`; by default by the model's own rule.
         counts: Tokens of each sequence that count; all by default.
         at: Where logits are wanted, (wanted, vocab) then; everywhere by default.
 
@@ -265,8 +293,8 @@ def think(
 
     Source: tokens that stop one by one, Graves 2016, Dehghani et al. 2018; without computing what has stopped.
     """
-    reader = Reader(model, len(tokens), max_passes=max_passes, rule=rule, threshold=threshold, goes_on=False)
-    return reader.read(tokens, counts, at)
+    kind = dict(max_passes=max_passes, rule=rule, threshold=threshold)
+    return Reader(model, len(tokens), **kind, goes_on=False, max_positions=tokens.shape[1]).read(tokens, counts, at)
 
 # %% ../notebooks/10_thinking.ipynb #plain-loop
 @torch.inference_mode()
@@ -330,10 +358,10 @@ def generate(
     Args:
         tokens: A prompt, or several of any lengths.
         n_new: Tokens to write, ≥ 0.
-        max_passes: Most passes of a token; four times the configured number by default.
+        max_passes: Most passes of a token; by default four times the configured number, or that number if no rule stops it.
         rule, threshold: When a token stops, as for :class:`Stopper`; by default the model's own rule.
         temperature, top_k: As for :func:`mythoslab.model.sample`.
-        top_p: Share of the chances that the fewest tokens to draw from must have, 0 … 1.
+        top_p: Share of the chances that the fewest tokens to draw from must have, 0 … 1; it leaves some out before ``top_k`` does.
         seed: The same seed gives the same tokens.
         trim: Of a prompt that is too long keep the end; else it is refused.
 
@@ -356,7 +384,8 @@ def generate(
     require(0 <= seed < 2**63, "seed", seed, "0 or above, and below 2**63")
     if rule is None:
         rule = model.config.halting
-    max_passes = 4 * model.config.n_passes if max_passes is None else max_passes
+    usual = (1 if rule == "none" else 4) * model.config.n_passes
+    max_passes = usual if max_passes is None else max_passes
     kind = dict(max_passes=max_passes, rule=rule, threshold=threshold)
     Reader(model, 1, **kind)  # names what is wrong at once
 
@@ -383,7 +412,7 @@ def generate(
             if step + 1 < n_new:
                 full = (reader.lengths == context).tolist()
                 if any(full):
-                    texts = [text[-(context // 2) :] if cut else text for text, cut in zip(texts, full)]
+                    texts = [text[-max(1, context // 2) :] if cut else text for text, cut in zip(texts, full)]
                     reader = Reader(model, len(texts), **kind)
                     logits, passes = read(reader, texts)
                 else:
@@ -414,28 +443,37 @@ def write_text(
         n_new: Most tokens to write.
         stop: Strings that end the text.
         options: As for :func:`generate`.
+
+    Raises:
+        ValueError: ``stop`` is a string, or has an empty one; or as for :func:`generate`.
     """
+    listed = not isinstance(stop, str) and all(stop)
+    require(listed, "stop", stop, "a list of strings, none of them empty")
     steps = generate(model, tokenizer.encode(prompt), n_new, **options)
 
     def pieces():
-        unsaid, waiting, passes = "", [], []
+        held, waiting, passes = [], [], []  # pieces in which a stop string may have begun; tokens of a character that is not whole
         for (written,) in steps:
             waiting.append(written.token)
             passes.append(written.passes)
-            piece = tokenizer.decode(waiting)
-            if piece.endswith("�"):
+            text = tokenizer.decode(waiting)
+            if text.endswith("�"):
                 continue
-            unsaid, waiting = unsaid + piece, []
-            ends = [unsaid.index(text) for text in stop if text in unsaid]
+            held.append(Piece(text, passes))
+            waiting, passes = [], []
+            unsaid = "".join(piece.text for piece in held)
+            ends = [unsaid.index(one) for one in stop if one in unsaid]
+            safe = min(ends) if ends else len(unsaid) - _may_be_begun(unsaid, stop)
+            while held and len(held[0].text) <= safe:
+                safe -= len(held[0].text)
+                yield held.pop(0)
             if ends:
-                yield Piece(unsaid[: min(ends)], passes)
+                if safe:
+                    yield Piece(held[0].text[:safe], held[0].passes)
                 return
-            safe = len(unsaid) - _may_be_begun(unsaid, stop)
-            if safe:
-                yield Piece(unsaid[:safe], passes)
-                unsaid, passes = unsaid[safe:], []
-        if unsaid or waiting:
-            yield Piece(unsaid + tokenizer.decode(waiting), passes)
+        yield from held
+        if waiting:
+            yield Piece(tokenizer.decode(waiting), passes)
 
     return pieces()
 
@@ -446,7 +484,7 @@ def _may_be_begun(text: str, stop: Sequence[str]) -> int:
 
 # %% ../notebooks/10_thinking.ipynb #strips
 def _shade(passes: int, most: int) -> float:
-    return min(1.0, (passes - 1) / max(1, most - 1))
+    return min(1.0, max(0.0, (passes - 1) / max(1, most - 1)))
 
 
 def strip_html(pieces: Sequence[str], passes: Sequence[int], most: int | None = None) -> str:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .classroom.doctor import mps_problem
-from .model import Mythos, MythosConfig, count_parameters, generate, linear_layers, preset
+from .model import Mythos, MythosConfig, count_parameters, generate, is_whole, linear_layers, preset
 from .mla import RUN
 from .moe import MixtureOfExperts
 from .questions import Tokenizer, bits_per_byte, forest, read_text, reference_documents
@@ -378,7 +378,7 @@ class TrainConfig:
         n_backward: Last passes that gradients of text go through; 0 for all.
         max_depth: Links of the longest chains, 1 … 19; training starts at one and goes on when it answers.
         chains_first: Share of the steps at the beginning in which chains are the only questions, every pass of them is read, and
-            text has a fiftieth of its weight.
+            text has a fiftieth of its weight; it ends earlier once chains of all lengths are answered.
         n_facts: Fewest and most facts before the questions of a step.
         n_asked: Questions after the facts of each text, ≥ 1.
         more_passes: A step of questions runs 1 … this many passes more than the depth of its chains, ≥ 1.
@@ -422,7 +422,7 @@ class TrainConfig:
         least |= dict(n_digits=1, accumulate=1, halting_steps=0, save_every=1)
         for name, low in least.items():
             got = getattr(self, name)
-            require(_is_whole(got) and got >= low, name, got, f"a whole number of at least {low}")
+            require(is_whole(got) and got >= low, name, got, f"a whole number of at least {low}")
         require(self.batch_size + self.question_batch >= 1, "batch_size + question_batch", 0, "at least 1")
         for name in ("learning_rate", "clip"):
             got = getattr(self, name)
@@ -437,17 +437,17 @@ class TrainConfig:
         require(self.chains_first == 0 or self.question_batch > 0, "chains_first", self.chains_first, "0 if there are no questions")
         for name in ("n_passes", "n_facts"):
             got = getattr(self, name)
-            whole = isinstance(got, tuple) and all(_is_whole(count) and count >= 1 for count in got)
+            whole = isinstance(got, tuple) and all(is_whole(count) and count >= 1 for count in got)
             require(whole, name, got, "a tuple of whole numbers from 1")
         low_high = len(self.n_facts) == 2 and 2 <= self.n_facts[0] <= self.n_facts[1] <= len(NAMES)
         require(low_high, "n_facts", self.n_facts, f"fewest and most, from 2 to {len(NAMES)}, the names there are")
         deepest = len(NAMES) // 2 - 1
         require(self.max_depth <= deepest, "max_depth", self.max_depth, f"at most {deepest}: two chains share the names")
-        require(_is_whole(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "0 or above, and below 2**63")
+        require(is_whole(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "0 or above, and below 2**63")
 
     @property
     def n_chains_first(self) -> int:
-        """Steps of chains alone."""
+        """Most steps of chains alone."""
         return round(self.chains_first * self.n_steps)
 
     @property
@@ -462,12 +462,8 @@ class TrainConfig:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_whole(value) or isinstance(value, float)
 
 # %% ../notebooks/09_training.ipynb #schedule
 def schedule(step: int, config: TrainConfig) -> float:
@@ -515,6 +511,7 @@ class Curriculum:
         depth: Links now.
         root_share: Share of names with a colour of their own; it falls as chains grow.
         running: Share of right answers, smoothed over about ten steps.
+        all_answered: Whether the longest chains have been answered well enough.
 
     Source: Bengio et al. 2009; the numbers were found by trial.
     """
@@ -523,11 +520,16 @@ class Curriculum:
     depth: int = 1
     root_share: float = 0.4
     running: float = 0.0
+    all_answered: bool = False
 
-    def update(self, right: float) -> None:
-        """Take in the share of right answers of a step."""
+    def update(self, right: float, enough: float = 0.95) -> None:
+        """Take in the share of right answers of a step; go deeper when it is more than enough."""
         self.running = 0.9 * self.running + 0.1 * right
-        if self.running > 0.95 and self.depth < self.max_depth:
+        if self.running <= enough:
+            return
+        if self.depth == self.max_depth:
+            self.all_answered = True
+        else:
             self.depth, self.root_share, self.running = self.depth + 1, max(0.12, self.root_share - 0.07), 0.0
 
 # %% ../notebooks/09_training.ipynb #draw-questions
@@ -763,7 +765,9 @@ def make_step(
 ) -> Callable[[Sequence[torch.optim.Optimizer], int], Step]:
     """Draw the batches of a step now; the function that is handed back takes it, and tells what it did."""
     kinds, losses, right, n_tokens, n_passes = [], [], [], 0, 0
-    weights = {"text": 0.02 if chains_alone else 1.0, "questions": 1.0}
+    # Text hardly counts, and chains need not be perfect to go on: they are made so later.
+    text_weight, enough = (0.02, 0.9) if chains_alone else (1.0, 0.95)
+    weights = {"text": text_weight, "questions": 1.0}
     for _ in range(config.accumulate):
         if text is not None:
             batch = next(text)
@@ -790,7 +794,7 @@ def make_step(
         share = torch.cat(right).float().mean().item() if right else None
         depth = curriculum.depth if right else None
         if right:
-            curriculum.update(share)
+            curriculum.update(share, enough)
         return Step(step, of.get("text"), of.get("questions"), share, depth, n_passes, n_tokens, 0.0)
 
     return take
@@ -1018,7 +1022,8 @@ def train(
             number = len(history)
             for group in (group for optimiser in optims for group in optimiser.param_groups):
                 group["lr"] = config.learning_rate * schedule(number, config)
-            take = make_step(model, config, text, words, curriculum, draw, chains_alone=number < config.n_chains_first)
+            chains_alone = number < config.n_chains_first and not curriculum.all_answered
+            take = make_step(model, config, text, words, curriculum, draw, chains_alone=chains_alone)
             try:
                 step = take(optims, number + 1)
             except ValueError as error:

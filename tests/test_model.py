@@ -981,8 +981,10 @@ def test_what_is_missing_or_does_not_belong_together_is_named(tmp_path, offline)
     "call, named",
     [
         (lambda model: model(torch.zeros(1, 13, dtype=torch.long)), "13 tokens.*12"),
-        (lambda model: model(torch.zeros(1, 3, dtype=torch.long), 0), "n_passes is 0; it must be at least 1"),
+        (lambda model: model(torch.zeros(1, 3, dtype=torch.long), 0), "n_passes is 0; it must be a whole number of at least 1"),
+        (lambda model: model(torch.zeros(1, 3, dtype=torch.long), True), "n_passes is True"),
         (lambda model: model(torch.zeros(1, 3, dtype=torch.long), torch.tensor([[1, 0, 2]])), "n_passes is 0"),
+        (lambda model: model.think(torch.zeros(1, 3, dtype=torch.long), 2, n_backward=0), "n_backward is 0"),
         (lambda model: generate(model, torch.zeros(0, dtype=torch.long), 3), "prompt tokens is 0"),
         (lambda model: generate(model, torch.zeros(13, dtype=torch.long), 3), "prompt tokens is 13.*1 to 12"),
         (lambda model: generate(model, torch.zeros(3, dtype=torch.long), -1), "n_new is -1"),
@@ -995,6 +997,59 @@ def test_what_is_missing_or_does_not_belong_together_is_named(tmp_path, offline)
 def test_bad_input_is_named_at_once(call, named):
     with pytest.raises(ValueError, match=named):
         call(Mythos(SMALL))
+
+
+WRONG_KINDS = """
+import torch
+from mythoslab.model import Mythos, MythosConfig, generate
+model, tokens = Mythos(MythosConfig(vocab_size=8, dim=8, n_heads=2, hidden_dim=8)), torch.zeros(3, 3, dtype=torch.long)
+for call in (
+    lambda: model(tokens, 2.5),
+    lambda: model(tokens, torch.tensor([1, 2, 2])),
+    lambda: model(tokens, torch.full((3, 3), 2.7)),
+    lambda: model.think(tokens, 2, n_backward=1.5),
+    lambda: generate(model, tokens, 1),
+    lambda: generate(model, tokens[0], 2.5),
+    lambda: generate(model, tokens[0], 1, top_k=2.5),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_the_wrong_kind_of_number_is_named():
+    """In a process of its own: here, tests check all types before the model can."""
+    run = subprocess.run([sys.executable, "-c", WRONG_KINDS], capture_output=True, text=True)
+    assert run.stdout.splitlines() == [
+        "n_passes is 2.5; it must be a whole number of at least 1",
+        "the shape of n_passes is (3,); it must be that of the tokens, (3, 3)",
+        "the dtype of n_passes is torch.float32; it must be one of whole numbers",
+        "n_backward is 1.5; it must be a whole number of at least 1, or None for all",
+        "the shape of tokens is (3, 3); it must be that of one prompt, (position,)",
+        "n_new is 2.5; it must be a whole number of at least 0",
+        "top_k is 2.5; it must be a whole number of at least 1",
+    ], run.stderr
+
+
+def test_writing_in_the_midst_of_training_counts_no_load_and_goes_on_training():
+    model = Mythos(replace(SMALL, ffn="moe", expert_dim=4, n_routed_experts=4)).train()
+    assert len(list(generate(model, torch.zeros(3, dtype=torch.long), 4))) == 4
+    assert model.training and model.core.blocks[0].ffn.training
+    assert model.core.blocks[0].ffn.load.sum() == 0
+    assert not model.eval().training and list(generate(model, torch.zeros(3, dtype=torch.long), 1)) and not model.training
+
+
+def test_a_cache_is_as_long_as_asked_and_says_when_it_is_full():
+    model = Mythos(SMALL).eval()
+    cache = model.new_cache(2, 5)
+    assert {part.memory.shape[2] for part in cache} == {5}
+    tokens = torch.randint(SMALL.vocab_size, (2, 5))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens, cache=cache).logits, model(tokens).logits, atol=1e-5)
+    with pytest.raises(ValueError, match="new positions is 1; it must be at most 0"):
+        model(tokens[:, :1], cache=cache)
 
 
 def test_a_full_cache_is_named_and_stays_as_it_was():

@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from mythoslab.classroom.course import PACKAGE, ROOT, UserError, notebooks, topic_of
 from mythoslab.classroom.export import differences
 from mythoslab.classroom.run import main, run
-from tests.notebook_times import compare_lasting
+from tests.notebook_times import compare_lasting, how_slow, over_budget
 
 NOTEBOOKS = notebooks()
 TOPICS = [topic_of(path) for path in NOTEBOOKS]
@@ -311,14 +311,22 @@ def test_running_an_unknown_topic_is_told_in_one_sentence(capsys):
 def test_notebook_stage_lets_progress_bars_move_and_fails_beyond_the_budget(tmp_path):
     bar = "from tqdm{} import tqdm\nfor _ in tqdm(range(3)):\n    pass\nprint(1)"
     run(small_notebook(tmp_path, name="01_bars", bar=bar.format(""), widget=bar.format(".auto")))
-    run(small_notebook(tmp_path, name="07_slow", budget_s=1, sleep="import time\ntime.sleep(1.2)"))
+    run(small_notebook(tmp_path, name="07_slow", budget_s=1, sleep="import time\ntime.sleep(10)"))
     stage = ["-n0", "--nbval", "--nbval-current-env", "-p", "tests.notebook_times"]
     stage += ["--rootdir", tmp_path, tmp_path]
     done = subprocess.run([sys.executable, "-m", "pytest", *stage], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and " 3 passed" in done.stdout, done.stdout
-    assert re.search(r"^ +\d+ s  01_bars.ipynb$", done.stdout, re.M)
+    assert re.search(r"^ +\d+ s  01_bars.ipynb", done.stdout, re.M)
     late = re.findall(r"^FAILED (\w+).ipynb took \d+ s, and its budget is 1 s", done.stdout, re.M)
     assert late == ["07_slow"]
+
+
+def test_a_budget_grows_with_the_slowness_of_the_machine_and_not_otherwise(tmp_path):
+    path = small_notebook(tmp_path, name="07_slow", budget_s=10, fine="1")
+    assert over_budget(path, 10) is None and over_budget(path, 24, 2.5) is None
+    assert over_budget(path, 11) == "07_slow.ipynb took 11 s, and its budget is 10 s: make it faster, or raise budget_s"
+    assert over_budget(path, 26, 2.5) == "07_slow.ipynb took 26 s, and its budget is 10 s, here 25 s: make it faster, or raise budget_s"
+    assert how_slow() >= 1
 
 
 def test_notebook_stage_compares_everything_that_lasts():

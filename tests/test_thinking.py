@@ -67,6 +67,13 @@ def test_only_the_passes_that_are_needed_give_the_numbers_of_all_passes(config, 
     model, tokens = lively(config, seed), torch.randint(31, (5, 11))
     thought = think(model, tokens, max_passes=5, rule=rule[0], threshold=rule[1], counts=COUNTS)
     real = torch.arange(11) < COUNTS.unsqueeze(1)
+    together = think(model, tokens, max_passes=5, rule=rule[0], threshold=rule[1])  # none filled up: gathered only when some stop
+    with torch.inference_mode():
+        slowly = model(tokens, together.passes)
+    assert torch.allclose(together.logits, slowly.logits, atol=1e-9)
+    if rule[0] == "settled":  # each stops where its head is sure for the first time
+        sure = slowly.halt_prob > RULES["settled"] if rule[1] is None else slowly.halt_prob > rule[1]
+        assert torch.equal(together.passes, torch.where(sure.any(0), sure.int().argmax(0) + 1, 5))
     assert (thought.passes[real] >= 1).all() and (thought.passes <= 5).all() and (thought.passes[~real] == 0).all()
     with torch.inference_mode():
         masked = model(tokens, thought.passes.clamp(min=1)).logits
@@ -231,7 +238,37 @@ def test_bad_input_is_named_before_anything_is_written(options, named):
 
 def test_a_rule_that_reads_a_head_is_refused_without_one():
     with pytest.raises(ValueError, match="'settled'.*no halting head"):
-        think(Mythos(replace(SMALL, halting="none")), torch.zeros(1, 2, dtype=torch.long), max_passes=2)
+        think(Mythos(replace(SMALL, halting="none")), torch.zeros(1, 2, dtype=torch.long), max_passes=2, rule="settled")
+
+
+@pytest.mark.parametrize("halting", CHOICES["halting"])
+def test_the_rule_is_the_models_own_unless_another_is_given(halting):
+    model, tokens = lively(replace(SMALL, halting=halting)), torch.randint(31, (2, 9))
+    own, given = think(model, tokens, max_passes=6), think(model, tokens, max_passes=6, rule=halting)
+    assert torch.equal(own.passes, given.passes) and torch.equal(own.logits, given.logits)
+    most = max(step[0].passes for step in generate(model, tokens[0], 12))
+    assert most == SMALL.n_passes if halting == "none" else 1 <= most <= 4 * SMALL.n_passes
+
+
+@pytest.mark.parametrize("rule", ["settled", "accumulate", "ponder"])
+def test_a_threshold_that_no_probability_reaches_is_refused(rule):
+    with pytest.raises(ValueError, match="threshold is 1.5; it must be above 0 and below 1"):
+        think(lively(SMALL), torch.zeros(1, 2, dtype=torch.long), max_passes=2, rule=rule, threshold=1.5)
+
+
+def test_a_reader_names_more_tokens_than_there_are_and_a_second_reading_that_was_not_planned():
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="largest of counts is 4; it must be at most 3"):
+        think(lively(SMALL), tokens, max_passes=2, counts=torch.tensor([4, 1]))
+    reader = Reader(lively(SMALL), 2, max_passes=2, goes_on=False)
+    reader.read(tokens)
+    with pytest.raises(ValueError, match="goes_on is False; it must be true, to read more than once"):
+        reader.read(tokens)
+
+
+def test_a_context_of_one_token_can_be_written_in():
+    model = lively(replace(SMALL, context_length=1))
+    assert len(list(generate(model, torch.tensor([3]), 4))) == 4
 
 
 def test_tokens_beyond_the_context_are_named():
@@ -269,6 +306,17 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_string():
     stop = told[len(told) // 2 : len(told) // 2 + 2]
     cut = "".join(piece.text for piece in write_text(model, tokenizer, "ab cd", 12, seed=1, stop=[stop]))
     assert cut == told[: told.index(stop)]
+    begun = told[-1] + "never"  # held back to the end, and then written with what it cost
+    held = list(write_text(model, tokenizer, "ab cd", 12, seed=1, stop=[begun]))
+    assert "".join(piece.text for piece in held) == told and all(piece.passes for piece in held)
+    assert sum((piece.passes for piece in held), []) == [written.passes for written in tokens]
+
+
+@pytest.mark.parametrize("stop", ["end", [""], ["a", ""]])
+def test_stop_strings_are_a_list_and_none_is_empty(stop):
+    tokenizer = Tokenizer.train("ab cd " * 40, 280)
+    with pytest.raises(ValueError, match="stop is .*a list of strings, none of them empty"):
+        write_text(lively(replace(SMALL, vocab_size=tokenizer.vocab_size)), tokenizer, "ab", 3, stop=stop)
 
 
 def test_strips_show_every_piece_and_darken_with_the_passes():
@@ -277,6 +325,7 @@ def test_strips_show_every_piece_and_darken_with_the_passes():
     assert "a&lt;b" in shown and "⏎<br>" in shown and 'title="5 passes"' in shown
     light = [int(part.split("%)")[0]) for part in shown.split("85% ")[1:]]
     assert light == sorted(light, reverse=True) and len(set(light)) == 3
+    assert "106%" not in strip_html(["x", "y"], [0, 2]) and "270" not in strip_terminal(["x", "y"], [0, 2])  # zero is as light as one
     assert all(piece in strip_terminal(pieces, passes) for piece in pieces)
 
 

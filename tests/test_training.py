@@ -410,7 +410,13 @@ def test_a_curriculum_goes_deeper_only_when_it_answers():
     assert math.isclose(curriculum.root_share, 0.26)
     for _ in range(500):
         curriculum.update(1.0)
-    assert curriculum.depth == 3  # never beyond what was planned
+    assert curriculum.depth == 3 and curriculum.all_answered  # never beyond what was planned
+    easier = Curriculum(2, depth=2)
+    for _ in range(500):
+        easier.update(0.94)
+    assert not easier.all_answered
+    easier.update(0.94, enough=0.9)
+    assert easier.all_answered
     deep = Curriculum(19)
     for _ in range(5000):
         deep.update(1.0)
@@ -608,6 +614,20 @@ def test_chains_come_first_with_every_pass_read_and_text_a_fiftieth_of_its_weigh
         asked = batch.difficulty >= 0
         assert asked.any(1).all() and torch.isin(batch.tokens[asked], words.names).all()
         assert (batch.tokens.roll(1, 1)[asked] == words.ask).all()
+
+
+def test_chains_come_first_no_longer_than_it_takes_to_answer_them(words, data, monkeypatch):
+    alone = []
+    make = training.make_step
+    monkeypatch.setattr(training, "make_step", lambda *given, **kind: alone.append(kind["chains_alone"]) or make(*given, **kind))
+    monkeypatch.setattr(training.Curriculum, "update", lambda self, right, enough: answered(self, enough))
+
+    def answered(curriculum, enough):
+        assert enough == (0.9 if alone[-1] else 0.95)
+        curriculum.all_answered = len(alone) >= 3
+
+    train(new_model(words), data, replace(PLAN, n_steps=6, chains_first=1.0), words=words)
+    assert alone == [True] * 3 + [False] * 3
 
 
 def test_chains_cannot_come_first_without_questions():
