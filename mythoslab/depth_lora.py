@@ -238,24 +238,29 @@ def loop_from_stack(blocks: list[nn.Module], rank: int) -> AdaptedBlock:
     """One block for a stack of them: their mean, and for each pass the best low-rank change towards its block.
 
     Args:
-        blocks: The stack, of blocks of notebook 02; block ``r`` becomes pass ``r``. It stays as it is.
-        rank: Of the changes; at full rank the passes are the blocks again, exactly.
+        blocks: The stack, of blocks of notebook 02 alike in all but their weights; block ``r`` becomes pass ``r``. It stays as it is.
+        rank: Of the changes, at most the smallest side of a layer; where all layers have that as their smaller side, the passes
+            are then the blocks again, up to rounding.
 
     Raises:
-        ValueError: The stack is empty, its blocks differ in shape, or the rank is larger than one of their layers.
+        ValueError: The stack is empty, its blocks differ in shape or heads, a weight is not finite, or the rank is larger than one
+            of their layers.
 
     Source: Bae et al. 2024 (Relaxed Recursive Transformers), average initialisation and truncated SVD.
     """
     require(len(blocks) >= 1, "the number of blocks", len(blocks), "at least 1")
     shapes = {tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters()) for block in blocks}
     require(len(shapes) == 1, "the number of different block shapes", len(shapes), "1: every block like the others")
-    folded = [fold_norms(block).requires_grad_(False) for block in blocks]
+    heads = {block.attention.n_heads for block in blocks}
+    require(len(heads) == 1, "the numbers of heads", sorted(heads), "one and the same")
+    folded = [fold_norms(block) for block in blocks]
     adapted = AdaptedBlock(copy.deepcopy(folded[0]), rank, len(blocks))
-    for name, adapter in zip(adapted.layers, adapted.adapters):
-        weights = torch.stack([block.get_submodule(name).weight for block in folded])  # (pass, out, in)
-        mean = weights.mean(0)
-        adapted.block.get_submodule(name).weight.copy_(mean)
-        lora_b, lora_a = low_rank(weights - mean, rank)
-        adapter.lora_b.data.copy_(lora_b)
-        adapter.lora_a.data.copy_(lora_a)
+    with torch.no_grad():
+        for name, adapter in zip(adapted.layers, adapted.adapters):
+            weights = torch.stack([block.get_submodule(name).weight for block in folded])  # (pass, out, in)
+            mean = weights.mean(0)
+            adapted.block.get_submodule(name).weight.copy_(mean)
+            lora_b, lora_a = low_rank(weights - mean, rank)
+            adapter.lora_b.copy_(lora_b)
+            adapter.lora_a.copy_(lora_a)
     return adapted.requires_grad_(True)

@@ -376,7 +376,7 @@ def question_loss(model: Mythos, batch: QuestionBatch, n_passes: int, trial: Tri
 
 
 def learn_halting(trial: Trial, model: Mythos, n_steps: int = 300, n_passes: int = 12) -> None:
-    """Teach the halting head alone: stop when the answer will not change any more, and at once, after two passes, if nothing is asked."""
+    """Teach the halting head alone: stop when the answer will not change any more, and after two passes if nothing is asked."""
     draw = torch.Generator().manual_seed(trial.seed + 2)
     optimiser = torch.optim.AdamW(model.halting.parameters(), lr=1e-2)
     fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, n_steps)
@@ -545,8 +545,8 @@ def add_result(path: Path, record: dict) -> None:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         if text and not text.endswith("\n"):  # a line that was cut off
             path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with path.open("ab", buffering=0) as file:  # in one piece, so that another process never reads half a line
+            file.write(json.dumps(record).encode() + b"\n")
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written ({error.strerror}): make room, or choose another file with --out") from None
 
