@@ -255,6 +255,7 @@ BAD = [
     (lambda: AdaptedBlock(small_block(), 17, 1), "rank is 17; it must be from 1 to 16"),
     (lambda: loop_from_stack([], 1), "the number of blocks is 0; it must be at least 1"),
     (lambda: loop_from_stack([small_block(), Block(8, 2, 8)], 1), "the number of different block shapes is 2; it must be 1"),
+    (lambda: loop_from_stack([Block(8, 2, 16), Block(8, 4, 16)], 1), "the numbers of heads is \\[2, 4\\]; it must be one and the same"),
 ]
 
 

@@ -423,6 +423,13 @@ def test_a_curriculum_goes_deeper_only_when_it_answers():
     assert deep.depth == 19 and deep.root_share == 0.12
 
 
+def test_a_text_too_short_to_count_in_is_named():
+    with pytest.raises(ValueError, match="bytes of held-out text is 0; it must be at least 1"):
+        training.order_three_bits("some text", "")
+    with pytest.raises(ValueError, match="bytes of training text is 2; it must be at least 4"):
+        training.order_three_bits("ab", "some text")
+
+
 # Losses and steps
 
 
@@ -919,6 +926,20 @@ def test_a_run_goes_on_only_as_the_same_run(interrupted, words, data, told):
     assert before == sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_run_goes_on_only_with_its_own_words_and_in_a_folder(interrupted, words, data):
+    folder, _ = interrupted
+    others = copy.copy(words)
+    others.digits = words.digits.flip(0)
+    with pytest.raises(ValueError, match="the words are not those of the run"):
+        train(new_model(words), data, PLAN, words=others, folder=folder, resume=True)
+    with pytest.raises(ValueError, match="folder is None; it must be given, to go on from it"):
+        train(new_model(words), data, PLAN, words=words, resume=True)
+
+
+def test_how_often_a_run_is_saved_may_change(interrupted, words, data):
+    train(new_model(words), data, replace(PLAN, save_every=1), words=words, folder=interrupted[0], resume=True)
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_on_from(words, data, tmp_path):
     folder = tmp_path / "run"
     for _ in range(2):
@@ -932,11 +953,13 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_from(words, data, tmp_pa
 def test_removing_a_run_leaves_what_others_put_there(interrupted):
     folder, _ = interrupted
     (folder / ".part-x").mkdir()
+    (folder / "step-by-step").mkdir()
     (folder / "tensorboard").mkdir(exist_ok=True)
     (folder / "thesis.txt").write_text("years of work")
     remove_run(folder)
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-by-step", "thesis.txt"]
     (folder / "thesis.txt").unlink()
+    (folder / "step-by-step").rmdir()
     remove_run(folder)
     assert not folder.exists()
     remove_run(folder)
@@ -2047,13 +2070,19 @@ def test_a_step_keeps_what_the_formula_says(kinds, n_passes, batch_size, n_backw
 
 
 def test_memory_of_weights_and_optimisers_is_counted_exactly():
-    for kinds in ({}, dict(attention="mla", ffn="moe", injection="lti"), dict(pass_adapter="lora", tie_embeddings=False, token_shift=True)):
+    for kinds in (
+        {},
+        dict(attention="mla", ffn="moe", injection="lti"),
+        dict(pass_adapter="lora", tie_embeddings=False, token_shift=True),
+        dict(pass_adapter="embedding", halting="settled"),
+    ):
         config = MythosConfig(vocab_size=300, dim=32, n_heads=2, hidden_dim=48, expert_dim=16, context_length=16, **kinds)
         model, tokens, need = Mythos(config), torch.randint(300, (1, 16)), step_memory(config, 1)
         optims = optimisers(model, TrainConfig())
         training_step(model, [lambda: text_loss(model, tokens, tokens)], optims)
         kept = [value for optimiser in optims for state in optimiser.state.values() for name, value in state.items() if name != "step"]
-        assert need.weights == need.gradients == sum(4 * weight.numel() for weight in model.parameters())
+        assert need.weights == sum(4 * weight.numel() for weight in model.parameters())
+        assert need.gradients == sum(4 * weight.numel() for weight in model.parameters() if weight.grad is not None)
         assert need.optimiser == sum(4 * value.numel() for value in kept)
 
 
