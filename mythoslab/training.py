@@ -1460,12 +1460,8 @@ def train_preset(
     tokenizer = Tokenizer.train(training + pages, config.vocab_size)
     words = Words(tokenizer)
     config = replace(config, vocab_size=tokenizer.vocab_size)
-    tokens, held_out_tokens, n_bytes = (
-        tokenizer.encode(training),
-        tokenizer.encode(held_out),
-        len(held_out.encode()),
-    )
-    print(f"{len(tokens):,} tokens to train on, {n_bytes:,} bytes held out")
+    tokens = tokenizer.encode(training)
+    print(f"{len(tokens):,} tokens to train on, {len(held_out.encode()):,} bytes held out")
 
     device = choose_device()
     if device.type == "cpu":

@@ -17,7 +17,6 @@ from mythoslab.recurrence import (
     ForestModel,
     Loop,
     RMSNorm,
-    SwiGLU,
     accuracy_by_depth,
     forest_loss,
     load_forest,

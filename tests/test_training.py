@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythoslab import cli, training
-from mythoslab.classroom.checks import check, reference
+from mythoslab.classroom.checks import reference
 from mythoslab.model import Mythos, MythosConfig, generate
 from mythoslab.moe import MixtureOfExperts
 from mythoslab.questions import Tokenizer
