@@ -170,19 +170,17 @@ def _train_forest(options):
 def _ask(options):
     import os
 
-    from .thinking import strip_terminal, write_text
+    from .thinking import strip_terminal, usual_passes, write_text
     from .training import choose_device, load
 
     model, tokenizer = load(options.folder)
-    rule = model.config.halting
-    passes = (1 if rule == "none" else 4) * model.config.n_passes if options.passes is None else options.passes
+    passes = usual_passes(model) if options.passes is None else options.passes
     pieces = write_text(
         model.to(choose_device()),
         tokenizer,
         options.prompt,
         options.tokens,
         max_passes=passes,
-        rule=rule,
         temperature=options.temperature,
         top_p=options.top_p,
         stop=options.stop or (),
