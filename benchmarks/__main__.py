@@ -1,9 +1,14 @@
-"""What `make bench` measures: training of the tiny model, a whole model, then one block with latent attention and experts."""
+"""What `make bench` measures: training of the tiny model, a whole model, one block with latent attention and experts; and a GPU."""
 
-from . import blocks, models, tiny
+import torch
+
+from . import blocks, gpu, models, tiny
 
 tiny.main()
 print()
 models.main()
 print()
 blocks.main()
+if torch.cuda.is_available():
+    print()
+    gpu.main()

@@ -576,19 +576,21 @@ def text_loss(
     model: Mythos,
     inputs: Int64[Tensor, "batch position"],
     targets: Int64[Tensor, "batch position"],
-    n_passes: int | None = None,
+    n_passes: int | Int64[Tensor, "batch"] | None = None,
     n_backward: int | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the next token after the last pass, in nats per token.
 
     Args:
-        n_passes: The configured number by default.
-        n_backward: Last passes that gradients go through; all by default.
+        n_passes: Of all windows, or of each; the configured number by default.
+        n_backward: Last passes that gradients go through, counted from the end of the longest; all by default.
 
     Source: backpropagation through the last passes alone, Geiping et al. 2025, section 3.3.
     """
-    states = model.think(inputs, n_passes, n_backward=n_backward)
-    return F.cross_entropy(model.read(states.select(0, len(states) - 1)).flatten(0, 1), targets.flatten())
+    each = n_passes if isinstance(n_passes, Tensor) else None
+    states = model.think(inputs, n_passes if each is None else int(each.max()), n_backward=n_backward)
+    last = states[-1] if each is None else states[each - 1, torch.arange(len(each))]
+    return F.cross_entropy(model.read(last).flatten(0, 1), targets.flatten())
 
 
 def question_loss(
@@ -606,12 +608,10 @@ def question_loss(
     """
     states = model.think(questions.tokens, n_passes)
     asked = questions.difficulty >= 0
-    losses = []
-    for index in reads:
-        logits = model.read(states.select(0, index), at=asked).float()  # (asked, vocab)
-        losses.append(F.cross_entropy(logits, questions.targets(index)[asked]))
-    right = logits.argmax(-1) == questions.path.select(2, -1)[asked]
-    return torch.stack(losses).mean(), right
+    read = model.read(states[list(reads)].flatten(0, 1), at=asked.repeat(len(reads), 1)).float()  # (pass read · asked, vocab)
+    loss = F.cross_entropy(read, torch.cat([questions.targets(index)[asked] for index in reads]))
+    right = read.chunk(len(reads))[-1].argmax(-1) == questions.path.select(2, -1)[asked]
+    return loss, right
 
 # %% ../notebooks/09_training.ipynb #training-step
 def training_step(
@@ -673,13 +673,13 @@ class StepMemory(NamedTuple):
         return self.weights + self.optimiser + max(self.kept + self.logits, self.gradients)
 
 
-def kept_by_block(config: MythosConfig, n_tokens: int, *, core: bool) -> float:
+def kept_by_block(config: MythosConfig, n_tokens: int, *, core: bool, on_gpu: bool = False) -> float:
     """Numbers that one run of a block keeps for the backward pass, for each token of a sequence of ``n_tokens``."""
     dim, kept = config.dim, 6 * config.dim  # two norms and what they hand on
     if config.attention == "mla":
-        # Attention in runs, of which each keeps its probabilities.
+        # On a CPU attention in runs, of which each keeps its probabilities; on a GPU a fused kernel, which keeps one sum.
         ends = [min(start + RUN, n_tokens) for start in range(0, n_tokens, RUN)]
-        seen = sum(end * (end - start) for start, end in zip(range(0, n_tokens, RUN), ends)) / n_tokens
+        seen = 1 if on_gpu else sum(end * (end - start) for start, end in zip(range(0, n_tokens, RUN), ends)) / n_tokens
         key = config.qk_nope_head_dim + config.qk_rope_head_dim
         kept += 3 * (config.kv_lora_rank + config.q_lora_rank) + config.qk_rope_head_dim
         kept += config.n_heads * (2 * key + 2 * config.v_head_dim + seen)
@@ -694,7 +694,13 @@ def kept_by_block(config: MythosConfig, n_tokens: int, *, core: bool) -> float:
 
 
 def step_memory(
-    config: MythosConfig, batch_size: int, *, n_tokens: int | None = None, n_passes: int | None = None, n_backward: int | None = None
+    config: MythosConfig,
+    batch_size: int,
+    *,
+    n_tokens: int | None = None,
+    n_passes: int | None = None,
+    n_backward: int | None = None,
+    on_gpu: bool = False,
 ) -> StepMemory:
     """What a training step on text will need, from the configuration alone.
 
@@ -703,6 +709,7 @@ def step_memory(
         n_tokens: Of each window; a full context by default.
         n_passes: The configured number by default.
         n_backward: Last passes that gradients go through; all by default.
+        on_gpu: Whether latent attention runs there, in a kernel that keeps less.
     """
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     dim, n_tokens = config.dim, config.context_length if n_tokens is None else n_tokens
@@ -713,8 +720,8 @@ def step_memory(
     in_others = (config.n_prelude + config.n_coda) * sum(rows * columns for rows, columns in linear_layers(config, core=False).values())
     injection = {"add": (0, 0), "none": (0, 0), "lti": (2, 1), "linear": (2, 2)}[config.injection]  # kept, weights
 
-    a_pass = config.n_core * kept_by_block(config, n_tokens, core=True) + (2 + injection[0]) * dim
-    once = (config.n_prelude + config.n_coda) * kept_by_block(config, n_tokens, core=False)
+    a_pass = config.n_core * kept_by_block(config, n_tokens, core=True, on_gpu=on_gpu) + (2 + injection[0]) * dim
+    once = (config.n_prelude + config.n_coda) * kept_by_block(config, n_tokens, core=False, on_gpu=on_gpu)
     once += (8 if config.token_shift else 7) * dim + config.vocab_size
     kept = batch_size * n_tokens * (n_learning * a_pass + n_passes * dim + once)
     if config.pass_adapter == "lora":
@@ -752,17 +759,19 @@ class Step(NamedTuple):
     seconds: float
 
 
-def text_losses(model: Mythos, batch: tuple[Tensor, Tensor], config: TrainConfig, draw: torch.Generator) -> dict[int, Callable]:
-    """The loss of a batch of text by number of passes, drawn for each window; weighed so that they add up to the mean."""
+def text_losses(model: Mythos, batch: tuple[Tensor, Tensor], config: TrainConfig, draw: torch.Generator) -> tuple[list[Callable], int]:
+    """The loss of a batch of text, whose passes are drawn for each window, in parts that add up to the mean; and the most passes."""
     inputs, targets = (part.to(model.embedding.weight.device) for part in batch)
     choices = torch.tensor(config.n_passes or (model.config.n_passes,))
     passes = choices[torch.randint(len(choices), (len(inputs),), generator=draw)]
+    # All windows run together, unless gradients go through the last passes of each: then those with as many passes.
+    groups = [passes == count for count in passes.unique()] if config.n_backward else [torch.ones_like(passes, dtype=torch.bool)]
 
-    def of(count, rows):
-        loss = text_loss(model, inputs[rows], targets[rows], count, config.n_backward or None)
-        return loss * len(rows) / len(inputs)
+    def of(rows):
+        loss = text_loss(model, inputs[rows], targets[rows], passes[rows], config.n_backward or None)
+        return loss * int(rows.sum()) / len(inputs)
 
-    return {count: partial(of, count, torch.where(passes == count)[0].to(inputs.device)) for count in passes.unique().tolist()}
+    return [partial(of, rows) for rows in groups], int(passes.max())
 
 
 def make_step(
@@ -783,10 +792,10 @@ def make_step(
     for _ in range(config.accumulate):
         if text is not None:
             batch = next(text)
-            of_text = text_losses(model, batch, config, draw)
+            of_text, most = text_losses(model, batch, config, draw)
             kinds += ["text"] * len(of_text)
-            losses += of_text.values()
-            n_tokens, n_passes = n_tokens + batch[0].numel(), max(n_passes, *of_text)
+            losses += of_text
+            n_tokens, n_passes = n_tokens + batch[0].numel(), max(n_passes, most)
         if config.question_batch:
             questions, count = draw_questions(words, config, curriculum, draw, chains_alone=chains_alone)
             some = sorted({count - 1, *torch.randperm(count, generator=draw).tolist()[: config.n_read - 1]})

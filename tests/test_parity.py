@@ -1,5 +1,7 @@
 """The same numbers as an implementation nobody here wrote: DeepSeek's layers in the `transformers` library."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import DeepseekV2Config, DeepseekV3Config
@@ -64,7 +66,8 @@ class Theirs:
         positions = self.rotary(x, torch.arange(start, start + x.shape[1])[None])
         seen = torch.ones(x.shape[1], start + x.shape[1], dtype=torch.bool).tril(start)
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
-        return self.attention(x, attention_mask=mask, position_embeddings=positions, cache=cache)[0]
+        name = "cache" if "cache" in inspect.signature(self.attention.forward).parameters else "past_key_values"  # as it was called once
+        return self.attention(x, attention_mask=mask, position_embeddings=positions, **{name: cache})[0]
 
 
 @pytest.fixture(params=[f"{kind}-{shape}" for kind in KINDS for shape in SHAPES])

@@ -444,11 +444,34 @@ def test_the_loss_of_text_is_the_cross_entropy_of_the_next_token_after_the_last_
 def test_losses_by_passes_add_up_to_the_mean_over_windows_and_passes_are_drawn_for_each(words, data):
     model, config = new_model(words), replace(PLAN, n_passes=(1, 2, 3))
     inputs, targets = data[: 12 * 32].view(12, 32), data[1 : 12 * 32 + 1].view(12, 32)
-    losses = text_losses(model, (inputs, targets), config, seeded(5))
     drawn = torch.tensor((1, 2, 3))[torch.randint(3, (12,), generator=seeded(5))]
-    assert set(losses) == set(drawn.tolist()) and len(losses) > 1
     each = [text_loss(model, inputs[row : row + 1], targets[row : row + 1], int(count)) for row, count in enumerate(drawn)]
-    torch.testing.assert_close(sum(loss() for loss in losses.values()), torch.stack(each).mean())
+    together, most = text_losses(model, (inputs, targets), config, seeded(5))
+    assert len(together) == 1 and most == drawn.max() and len(drawn.unique()) > 1
+    torch.testing.assert_close(together[0](), torch.stack(each).mean())
+    by_passes, most = text_losses(model, (inputs, targets), replace(config, n_backward=2), seeded(5))
+    assert len(by_passes) == len(drawn.unique()) and most == drawn.max()
+    torch.testing.assert_close(sum(loss() for loss in by_passes), torch.stack(each).mean())
+
+
+def test_each_window_learns_through_its_own_last_passes(words, data):
+    inputs, targets = data[: 6 * 32].view(6, 32), data[1 : 6 * 32 + 1].view(6, 32)
+    drawn = torch.tensor((1, 2, 5))[torch.randint(3, (6,), generator=seeded(1))]
+    assert len(drawn.unique()) == 3
+    for n_backward in (0, 2):
+
+        def gradient(losses):
+            model = new_model(words)
+            sum(loss() for loss in losses(model)).backward()
+            return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+        def one_by_one(model, last=n_backward or None):
+            rows = enumerate(drawn.tolist())
+            return [lambda row=row, count=count: text_loss(model, inputs[row : row + 1], targets[row : row + 1], count, last) / 6 for row, count in rows]
+
+        config = replace(PLAN, n_passes=(1, 2, 5), n_backward=n_backward)
+        drawn_together = gradient(lambda model, config=config: text_losses(model, (inputs, targets), config, seeded(1))[0])
+        torch.testing.assert_close(drawn_together, gradient(one_by_one), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_backward", [1, 2, 3, 9])
@@ -466,8 +489,8 @@ def test_gradients_of_text_go_through_the_last_passes_alone(words, data, n_backw
     assert loss == shorter_loss
     assert torch.allclose(whole, shorter) == (n_backward >= 3)
     model = new_model(words)
-    by_config = text_losses(model, (inputs, targets), replace(PLAN, n_passes=(3,), n_backward=n_backward), seeded(0))[3]
-    by_config().backward()
+    by_config = text_losses(model, (inputs, targets), replace(PLAN, n_passes=(3,), n_backward=n_backward), seeded(0))[0]
+    by_config[0]().backward()
     torch.testing.assert_close(model.core.blocks[0].ffn.up.weight.grad, shorter)
 
 
@@ -1128,7 +1151,7 @@ def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical_to_one_never_ki
     (tmp_path / "lives.py").write_text(LIVES, encoding="utf-8")
     (tmp_path / "text.txt").write_text(real_text()[:60_000], encoding="utf-8")
     words = [sys.executable, str(tmp_path / "lives.py"), str(tmp_path), str(tmp_path / "text.txt"), str(seed)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}  # a fork cannot use a GPU
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
@@ -1478,7 +1501,8 @@ def small(monkeypatch, tmp_path):
     return ["train", "--preset", "tiny", "--text", str(text), "--out", str(out)], out
 
 
-def test_train_says_all_it_promises_and_ask_goes_on_from_it(tmp_path, capsys):
+def test_train_says_all_it_promises_and_ask_goes_on_from_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     text, out = tmp_path / "text.txt", tmp_path / "runs" / "mine"
     text.write_text(real_text()[:150_000], encoding="utf-8")
     train_ = ["train", "--preset", "tiny", "--text", str(text), "--out", str(out), "--steps", "2", "--seed", "3"]
@@ -2092,3 +2116,13 @@ def test_less_is_needed_the_fewer_passes_learn_and_bad_sizes_are_named():
     assert needs[0] < needs[1] < needs[2] == needs[3] == step_memory(config, 4).peak
     with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
         step_memory(config, 0)
+
+
+def test_on_a_gpu_latent_attention_keeps_one_sum_for_each_query_and_all_else_is_as_on_the_cpu():
+    config = MythosConfig(vocab_size=300, dim=32, n_heads=2, hidden_dim=48, n_passes=6, n_core=2, context_length=80)
+    assert step_memory(config, 4, on_gpu=True) == step_memory(config, 4)
+    on_cpu, on_gpu = (step_memory(replace(config, attention="mla"), 4, n_backward=3, on_gpu=on_gpu) for on_gpu in (False, True))
+    probabilities = 2 * (64 * 64 + 16 * 80)  # two heads; queries in runs of 64, which see no further than their last
+    runs = 2 + 2 * 3  # of blocks: prelude and coda, two in each of three passes
+    assert on_cpu.kept - on_gpu.kept == 4 * 4 * runs * (probabilities - 2 * 80)
+    assert on_cpu._replace(kept=0) == on_gpu._replace(kept=0)
