@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -606,16 +606,17 @@ def initialise(model: nn.Module) -> None:
     """Draw the starting weights of a model, so that no pass swells the state.
 
     Every matrix starts with deviation ``1/√(channels in)``, and those of a block that add to the stream smaller by
-    √(2 · depth), where depth counts every block as often as it runs. Embeddings start at 0.02: they are normed when
-    read, and a new model then gives every token nearly the same chance; where reading and writing share a matrix, the
-    token just read has a little more. Norms, injection, adapters and the halting head keep the start of their own.
+    √(2 · depth), where depth counts every block as often as it runs. Embeddings start at 0.02, and smaller in models wider
+    than 128: they are normed when read, and a new model then gives every token nearly the same chance. Where reading and
+    writing share a matrix, the token just read has a little more. Norms, injection, adapters and the halting head keep the
+    start of their own.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3, with passes counted as depth.
     """
     config = model.config
     depth = config.n_prelude + config.n_core * config.n_passes + config.n_coda
     if config.injection == "none":
-        depth *= 2  # a pass then adds to the normed state alone, a stream of half the variance
+        depth *= 2  # a pass then adds to the normed state alone, which is smaller
     for name, weight in model.named_parameters():
         kept = ("injection.", "adapters.", "halting.", "core.embedding.", "sharpness")
         if weight.dim() < 2 or any(part in name for part in kept):
@@ -623,7 +624,8 @@ def initialise(model: nn.Module) -> None:
         adds = name.endswith(("o_proj.weight", "down.weight", "ffn.down"))
         deviation = weight.shape[-1] ** -0.5 / (math.sqrt(2 * depth) if adds else 1)
         if name in ("embedding.weight", "head.weight"):
-            deviation = 0.02
+            # The logit of the token just read grows with the width where it meets its own row again, any other with the root.
+            deviation = 0.02 * min(1.0, 128 / config.dim) ** (1.0 if config.tie_embeddings else 0.5)
         weight.normal_(0, deviation)
 
 # %% ../notebooks/08_model.ipynb #mythos
@@ -633,7 +635,7 @@ class Thought(NamedTuple):
     Args:
         logits: Of the next token, after the last pass of each.
         passes: How many each token had.
-        halt_prob: Probability to stop after each pass; None without a halting head.
+        halt_prob: Probability to stop after each pass, which means nothing after a token's last; None without a halting head.
     """
 
     logits: Float[Tensor, "batch position vocab"]
@@ -752,6 +754,9 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         if folder.is_dir() and not (folder / "model.safetensors").is_file():
             cls._load_as_pickle()
         require("config" in kind, "config.json", "missing", "there: it says what the weights belong to")
+        asked = {name: kind.get(name) for name in ("revision", "cache_dir", "token", "local_files_only")}
+        file = folder / "config.json" if folder.is_dir() else Path(hf_hub_download(model_id, "config.json", **asked))
+        MythosConfig.from_json(file.read_text(encoding="utf-8"))  # refuses what it does not know
         return super()._from_pretrained(model_id=model_id, strict=strict, **kind)
 
     @classmethod
@@ -767,7 +772,7 @@ def count_parameters(config: MythosConfig, *, active: bool = False) -> int:
     """Number of weights of a model, from its configuration alone; passes cost none, save what adapts to them.
 
     Args:
-        active: Count only what one token uses in one pass: of experts and adapters those that serve it.
+        active: Count only what a token uses that takes one pass: of experts and adapters those that serve it.
     """
     dim, n_adapters = config.dim, 1 if active else config.n_passes
 

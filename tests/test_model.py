@@ -680,6 +680,19 @@ def test_what_adds_to_the_stream_starts_smaller_the_more_blocks_run(ffn):
         assert math.isclose(reads(many).std(), 1 / 8, rel_tol=0.1)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dim", [32, 128, 768, 2048])
+def test_a_new_model_of_any_width_gives_every_token_nearly_the_same_chance(dim, tied):
+    torch.manual_seed(0)
+    model = Mythos(MythosConfig(300, dim, 4, 32, n_passes=2, context_length=16, tie_embeddings=tied))
+    tokens = torch.randint(300, (8, 17))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    own = logits.softmax(-1).gather(2, tokens[:, :-1, None]).mean().item()
+    assert abs(loss - math.log(300)) < 0.25 and own < 0.06 and logits.std() > 0.1
+
+
 def test_initialise_leaves_norms_injection_adapters_and_head_at_the_start_of_their_own():
     model = Mythos(replace(SMALL, injection="lti", pass_adapter="lora", halting="settled", qk_norm=True))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
@@ -969,6 +982,9 @@ def test_what_is_missing_or_does_not_belong_together_is_named(tmp_path, offline)
         Mythos.from_pretrained(tmp_path)
     config.write_text(SMALL.to_json().replace('"n_core": 1', '"n_core": 0'))
     with pytest.raises(ValueError, match="n_core is 0"):
+        Mythos.from_pretrained(tmp_path)
+    config.write_text(SMALL.to_json().replace("rope_theta", "rope_thetaa"))
+    with pytest.raises(ValueError, match="a field of the configuration is 'rope_thetaa'; it must be one of vocab_size"):
         Mythos.from_pretrained(tmp_path)
     config.unlink()
     with pytest.raises(ValueError, match="config.json is 'missing'"):
