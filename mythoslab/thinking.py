@@ -34,7 +34,7 @@ class Stopper:
             stopped by now, and ``"ponder"``, the same up to the median; ``"act"``, where the probabilities add up; ``"converge"``,
             where a pass changed less than this share of the state; ``"none"``, never.
         threshold: What must be reached, for ``"settled"`` passed, or for ``"converge"`` undercut: above 0, and below 1 but for
-            ``"act"`` and ``"converge"``; that of :data:`RULES` by default.
+            ``"act"``; that of :data:`RULES` by default.
         shape: Of the tokens, (batch, position).
 
     Raises:
@@ -47,7 +47,7 @@ class Stopper:
         require(model.halting is not None or not needs_head, "rule", rule, "'converge' or 'none': this model has no halting head")
         self.model, self.rule = model, rule
         self.threshold = RULES[rule] if threshold is None else threshold
-        most = 1.0 if rule in ("settled", "accumulate", "ponder") else math.inf
+        most = math.inf if rule in ("act", "none") else 1.0
         fits = 0 < self.threshold < most or rule == "none"
         require(fits, "threshold", self.threshold, "above 0 and below 1" if most == 1.0 else "above 0, and finite")
         self.paid = torch.zeros(shape, device=model.embedding.weight.device)
@@ -118,6 +118,9 @@ class Reader:
         goes_on: Keep what is shown at every pass, to read more later; else one slot does for all passes, and it reads once.
         max_positions: Tokens of a sequence, a full context by default.
     """
+
+    #: Tokens of filling up that a cut of the batch must save, as measured on a CPU.
+    worth = 512
 
     def __init__(
         self,
@@ -228,7 +231,7 @@ class Reader:
         for memory in shown:
             memory.thinking = None if everyone else thinking
         after, at = self.model.core.one_pass(state, inputs, pass_index, shown), torch.where(thinking)
-        since = state if pass_index else torch.zeros_like(state)
+        since = state if pass_index else torch.zeros_like(state)  # as the head was taught: from nothing
         moved = (after.flatten(0, 1), since.flatten(0, 1)) if everyone else (after[at], since[at])
         stops = stopper.stops(*moved, at)
         state.copy_(after if everyone else torch.where(thinking.unsqueeze(-1), after, state))
@@ -237,7 +240,7 @@ class Reader:
 
     def _pass(self, state, inputs, thinking, places, pass_index, memories, passes, stopper) -> None:
         """The same of the tokens that think alone, picked out."""
-        for rows in _alike(thinking.sum(1)):
+        for rows in _alike(thinking.sum(1), self.worth):
             some = thinking[rows]
             n_most = int(some.sum(1).max())
             order = some.int().argsort(dim=1, descending=True, stable=True)[:, :n_most]  # those that think first
@@ -255,7 +258,7 @@ class Reader:
             thinking[at] = ~stopper.stops(after[picked], since, at)
 
 
-def _alike(counts: Int64[Tensor, "batch"], worth: int = 512) -> Iterator[Int64[Tensor, "row"]]:
+def _alike(counts: Int64[Tensor, "batch"], worth: int) -> Iterator[Int64[Tensor, "row"]]:
     """Rows with something to do, in groups so alike that no cut of one would save ``worth`` tokens of filling up to its fullest."""
 
     def split(rows):

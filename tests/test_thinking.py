@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -158,7 +157,7 @@ def test_rows_in_groups_think_what_they_think_together(monkeypatch, rule):
     together = think(model, tokens, **kind)
     calls, one_pass = [], model.core.one_pass
     model.core.one_pass = lambda *given: calls.append(1) or one_pass(*given)
-    monkeypatch.setattr(thinking, "_alike", partial(thinking._alike, worth=1))
+    monkeypatch.setattr(Reader, "worth", 1)
     apart = think(model, tokens, **kind)
     assert len(calls) > together.passes.max()
     assert torch.equal(apart.passes, together.passes)

@@ -20,7 +20,7 @@ def stopper(Stopper):
     with torch.no_grad():
         for weight in model.halting.parameters():
             weight.normal_(0, 0.3)
-    states = torch.randn(6, 4, 8)  # six passes of four tokens
+    states = torch.randn(4, 8) + 0.8 * torch.randn(6, 4, 8)  # six passes of four tokens
     at = torch.tensor([0, 1, 1, 0]), torch.tensor([2, 0, 2, 1])
 
     def verdicts(kind, rule, threshold):
