@@ -343,7 +343,7 @@ def test_save_elsewhere_says_where_it_works(course):
         ("__all__ = ['add']\nadd = mean = print\nraise RuntimeError('boom\\nbang')", "RuntimeError: boom)"),
         ("raise SystemExit", "SystemExit: no message"),
         ("def add(*numbers): return 0", "ImportError: it lacks mean"),
-        ("\0", "SyntaxError"),
+        ("\0", "source code string cannot contain null bytes)"),
     ],
 )
 def test_a_broken_saved_module_falls_back_to_the_reference_with_one_sentence(course, broken, reason):
