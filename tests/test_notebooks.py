@@ -62,6 +62,8 @@ def run_faults(notebook):
                 yield f"{cell.id}: {output.ename}"
             if output.output_type == "stream" and output.name == "stderr":
                 yield f"{cell.id}: something on stderr is stored: {output.text[:60]!r}"
+            if "check" in tags(cell) and ": not yet." in output.get("text", ""):
+                yield f"{cell.id}: the check that is stored did not pass"
             if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
                 yield f"{cell.id}: a stored widget opens as an error: store outputs with make notebooks"
             if re.search(r"(?<![\w~.-])/(?:root|home|Users|tmp|work)/", json.dumps(output)):
@@ -216,6 +218,7 @@ def test_sound_notebook_has_no_faults():
         (set_(4, outputs=[new_output("error", ename="KeyError", evalue="", traceback=[])]), "KeyError"),
         (set_(4, outputs=[new_output("stream", name="stderr", text="10%|#")]), "stderr"),
         (set_(4, outputs=[new_output("stream", name="stdout", text="/" + "home/me/x")]), "one machine"),
+        (set_(5, outputs=[new_output("stream", name="stdout", text="g: not yet. It gave 1.")]), "did not pass"),
         (set_(0, source="# Title"), "one sentence"),
         (lambda notebook: notebook.metadata.mythoslab.update(budget_s=200), "150 seconds"),
         (set_(4, id="f"), "share an id"),
