@@ -179,7 +179,7 @@ class MythosConfig:
 
 # %% ../notebooks/08_model.ipynb #linear-layers
 def linear_layers(config: MythosConfig, *, core: bool) -> dict[str, tuple[int, int]]:
-    """Name and shape (out, in) of every linear layer of a block, experts apart."""
+    """Name and shape (out, in) of every linear layer of a block, routed experts apart."""
     dim, heads = config.dim, config.n_heads
     if config.attention == "mla":
         rank, nope, rope, value = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -606,9 +606,9 @@ def initialise(model: nn.Module) -> None:
     """Draw the starting weights of a model, so that no pass swells the state.
 
     Every matrix starts with deviation ``1/√(channels in)``, and those of a block that add to the stream smaller by
-    √(2 · depth), where depth counts every block as often as it runs. Embeddings start at 0.02, and smaller in models wider
-    than 128: they are normed when read, and a new model then gives every token nearly the same chance. Where reading and
-    writing share a matrix, the token just read has a little more. Norms, injection, adapters and the halting head keep the
+    √(2 · depth), where depth counts every block as often as it runs (and twice without an injection). Embeddings start at 0.02, and smaller in models wider
+    than 128: they are normed when read, and a new model then gives all tokens but the one just read nearly the same chance.
+    Where reading and writing share a matrix, that one has about ten times as much, still next to nothing. Norms, injection, adapters and the halting head keep the
     start of their own.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3, with passes counted as depth.
@@ -801,7 +801,7 @@ def count_parameters(config: MythosConfig, *, active: bool = False) -> int:
 
 # %% ../notebooks/08_model.ipynb #flops
 def flops_per_token(config: MythosConfig, n_passes: int | None = None) -> int:
-    """Multiplications and additions for each token of a full context; here passes cost all they cost.
+    """Multiplications and additions for each token of a full context; every pass counts in full.
 
     Counted are the matrix products of a forward run: two operations a weight that a token uses, and attention over the
     whole square of the context. A training step does about three times as much. Left out are the norms, the halting head

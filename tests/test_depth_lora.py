@@ -329,6 +329,17 @@ class OneNumber(nn.Module):
         self.vectors = nn.Parameter(torch.zeros(n_passes))
 
 
+class Untrained(PassEmbedding):
+    @torch.no_grad()
+    def forward(self, x, pass_index):
+        return super().forward(x, pass_index)
+
+
+class OneTooFar(PassEmbedding):
+    def forward(self, x, pass_index):
+        return x if pass_index == len(self.vectors) else super().forward(x, pass_index)
+
+
 class Shared(nn.Module):
     def __init__(self, in_features, out_features, rank, n_passes, beyond="hold"):
         super().__init__()
@@ -389,6 +400,38 @@ class StartsAgain(DepthLoRA):
         return super().merged(weight, pass_index % len(self.lora_a))
 
 
+class NoGradient(DepthLoRA):
+    def merged(self, weight, pass_index):
+        return super().merged(weight, pass_index).detach()
+
+
+class NoGradientForward(DepthLoRA):
+    @torch.no_grad()
+    def forward(self, x, pass_index):
+        return super().forward(x, pass_index)
+
+
+class NothingBeyond(DepthLoRA):
+    def merged(self, weight, pass_index):
+        return weight if pass_index == len(self.lora_a) else super().merged(weight, pass_index)
+
+
+class FromTheEnd(DepthLoRA):
+    def forward(self, x, pass_index):
+        return super().forward(x, pass_index % len(self.lora_a) if pass_index < 0 else pass_index)
+
+
+class Loud(DepthLoRA):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        nn.init.normal_(self.lora_a)
+
+
+class RankOfOutputs(nn.Module):
+    def __new__(cls, in_features, out_features, rank, n_passes, beyond="hold"):
+        return DepthLoRA(in_features, out_features, min(rank, in_features) if rank <= out_features else rank, n_passes, beyond)
+
+
 class AnyRank(nn.Module):
     def __new__(cls, in_features, out_features, rank, n_passes, beyond="hold"):
         lora = DepthLoRA(in_features, out_features, min(rank, in_features, out_features), n_passes, beyond)
@@ -425,6 +468,10 @@ def all_on_one_side(matrix, rank):
     return left[:, :rank] * values[:rank], right[:rank]
 
 
+def judged_by_rows(matrix, rank):
+    return low_rank(matrix, min(rank, matrix.shape[-2]) if rank <= matrix.shape[-1] else rank)
+
+
 def transposed_again(matrix, rank):
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     root = values[:rank].sqrt()
@@ -455,6 +502,8 @@ MISTAKES = [
     ("PassEmbedding", CountsFromOne, "counted from 0"),
     ("PassEmbedding", WrapsAround, "start again at the first"),
     ("PassEmbedding", CountsFromTheEnd, "not count from the end"),
+    ("PassEmbedding", Untrained, "No gradient reaches the vectors"),
+    ("PassEmbedding", OneTooFar, "pass_index n_passes, since they count from 0"),
     ("PassEmbedding", OneNumber, "one parameter called vectors, (3, 4)"),
     ("DepthLoRA", Shared, "share one A and one B"),
     ("DepthLoRA", BothRandom, "lora_b should be zero"),
@@ -468,12 +517,19 @@ MISTAKES = [
     ("DepthLoRA", StopsAfterA, "stops after lora_a"),
     ("DepthLoRA", StartsAgain, "start again at the first"),
     ("DepthLoRA", AnyRank, "rank above the smaller side"),
+    ("DepthLoRA", RankOfOutputs, "rank above the smaller side"),
+    ("DepthLoRA", NoGradient, "merged lets no gradient through"),
+    ("DepthLoRA", NoGradientForward, "The forward lets no gradient through"),
+    ("DepthLoRA", NothingBeyond, "pass_index n_passes: hold"),
+    ("DepthLoRA", FromTheEnd, "not count from the end"),
+    ("DepthLoRA", Loud, "about as large as x"),
     ("low_rank", keeps_the_smallest, "smallest singular values"),
     ("low_rank", loses_the_values, "singular values are lost"),
     ("low_rank", counts_them_twice, "count twice"),
     ("low_rank", root_of_them_once, "by their root"),
     ("low_rank", swapped, "changed places"),
     ("low_rank", all_on_one_side, "one factor has the singular values alone"),
+    ("low_rank", judged_by_rows, "Rank 5 of a 4 × 5 matrix"),
     ("low_rank", transposed_again, "V transposed already"),
     ("fold_norms", folding(READERS, copied=False), "work on a copy"),
     ("fold_norms", folding(READERS, to_one=False), "count twice"),

@@ -1130,6 +1130,7 @@ class WrongCore(Core):
 
     norms = injects = freezes = tells = keeps = asks = True
     n_blocks, shift, hands_memory = None, 0, True
+    n_kept, late, refuses = None, 0, 0
 
     def told(self, pass_index):
         return pass_index + self.shift
@@ -1156,6 +1157,8 @@ class WrongCore(Core):
         n_passes = n_passes if each is None else int(each.max())
         if n_passes < 1 or (each is not None and each.min() < 1):
             raise ValueError("no pass")
+        if n_backward == self.refuses:
+            raise ValueError("no such passes")
         if each is not None and shown is None:
             shown = [Shown() for _ in self.blocks]
         state, states = self.start(inputs), []
@@ -1168,8 +1171,8 @@ class WrongCore(Core):
                 new = self.one_pass(state, inputs, pass_index, shown)
                 state = new if thinking is None or not self.freezes else torch.where(thinking.unsqueeze(-1), new, state)
             states.append(state)
-        for memory in (shown or []) if self.keeps else []:
-            memory.keep_showing(n_passes)
+        for memory in (shown or [])[: self.n_kept] if self.keeps else []:
+            memory.keep_showing(n_passes + self.late)
         return torch.stack(states)
 
 
@@ -1221,6 +1224,11 @@ CORES = [
     (core_with(learns=lambda self, index, n, k: k is None or index >= n - k - 1), "One pass too many"),
     (core_with(learns=lambda self, index, n, k: k is None or index > n - k), "No pass has gradients"),
     (core_with(learns=lambda self, index, n, k: k is None or index < k), "No pass has gradients"),
+    (core_with(learns=lambda self, index, n, k: k is None or index >= n - 1), "always go through one pass"),
+    (core_with(learns=lambda self, index, n, k: k is None or index == n - k), "The last pass has no gradients"),
+    (core_with(n_kept=1), "Only the first block's memory"),
+    (core_with(late=1), "One slot stays empty"),
+    (core_with(refuses=-1), "n_backward=0"),
     (core_with(asks=False), "where the caller switched them off"),
     (OneBlock, "other weights than the text says"),
     (LastStateOnly, "should have the shape (4, 2, 5, 8)"),
@@ -1268,6 +1276,8 @@ COUNTS = [
     (counts(lambda c: replace(c, halting="none")), "halting head is counted wrong"),
     (counts(lambda c: replace(c, halting="act") if c.halting == "converge" else c), "ask config.has_head"),
     (lambda config, *, active=False: count_parameters(config), "active=True"),
+    (lambda config, *, active=False: count_parameters(config, active=active and config.pass_adapter == "none"), "adapters of one pass"),
+    (counts(lambda c: replace(c, n_routed_experts=c.n_routed_experts // c.n_core) if c.ffn == "moe" else c), "Experts are counted"),
 ]
 
 
@@ -1318,6 +1328,11 @@ def changes_the_logits(logits, *, top_k, temperature, generator):
     return sample(logits, temperature=temperature, top_k=top_k, generator=generator)
 
 
+def one_or_the_other(logits, *, temperature, top_k, generator):
+    temperature = temperature if top_k is None else min(temperature, 1.0)
+    return sample(logits, temperature=temperature, top_k=top_k, generator=generator)
+
+
 def divides_by_zero(logits, *, temperature, top_k, generator):
     chances = (logits / temperature).softmax(0)
     return int(torch.multinomial(chances, 1, generator=generator))
@@ -1333,6 +1348,8 @@ SAMPLES = [
     (drawn_by(partial(masked, fill=0.0)), "use minus infinity"),
     (drawn_by(partial(masked, offset=2)), "One token too few"),
     (drawn_by(partial(masked, largest=False)), "keep the least likely"),
+    (drawn_by(one_or_the_other), "With top_k the temperature"),
+    (drawn_by(masked), "go by the indices of topk"),
     (drawn_by(changes_the_logits), "change the logits that were handed in"),
     (drawn_by(lambda logits, **options: torch.tensor(sample(logits, **options))), "Return the token as an int"),
     (drawn_by(divides_by_zero), "It raised RuntimeError"),

@@ -1,6 +1,7 @@
 """Checks of 05_depth_lora."""
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,6 +38,10 @@ def pass_embedding(PassEmbedding):
                 "x comes back as it was: a pass below n_passes has a vector.": x,
             },
         )
+    out = theirs(x, 1).sum()
+    expect(out.requires_grad, "No gradient reaches the vectors: leave out no_grad and detach, they are to be trained.")
+    (gradient,) = torch.autograd.grad(out, theirs.vectors)
+    expect(bool((gradient[1] == 10).all()), "The vector of a pass should have the gradient of what it was added to.")
     held, free = theirs, PassEmbedding(3, 4, beyond="none")
     with torch.no_grad():
         free.vectors.copy_(vectors)
@@ -49,7 +54,9 @@ def pass_embedding(PassEmbedding):
             "Beyond the last pass you add nothing: that is the rule 'none'.": x,
         },
     )
-    expect_close(free(x, 7), x, "Beyond the last pass, with beyond='none', x comes back as it was.")
+    expect_close(held(x, 3), x + vectors[-1], "The first pass beyond is pass_index n_passes, since they count from 0: hold from there on.")
+    for index in (3, 7):
+        expect_close(free(x, index), x, "Beyond the last pass, with beyond='none', x comes back as it was.")
     expect_raises(ValueError, lambda: theirs(x, -1), "A pass_index of −1 should raise a ValueError, not count from the end.")
     expect_raises(ValueError, lambda: PassEmbedding(0, 4), "Zero passes should raise a ValueError.")
 
@@ -68,6 +75,8 @@ def depth_lora(DepthLoRA):
         "lora_a is zero at the start, as lora_b is: then neither ever gets a gradient. Draw it at random.",
     )
     expect(bool((theirs.lora_a[0] != theirs.lora_a[1]).any()), "Each pass should draw an A of its own.")
+    size = DepthLoRA(400, 100, rank=100, n_passes=1).lora_a.std().item() * 20
+    expect(0.5 < size < 2, "lora_a should start so that lora_a @ x is about as large as x: deviation 1 / √in_features.")
     with torch.no_grad():
         theirs.lora_b.normal_()
     a, b = theirs.lora_a.detach(), theirs.lora_b.detach()
@@ -102,6 +111,11 @@ def depth_lora(DepthLoRA):
                 "The forward scales by the rank, and merged does not: the two must give the same numbers.": x @ change.mT / 2,
             },
         )
+    for name, out in (("merged", theirs.merged(weight, 1)), ("The forward", theirs(x, 1))):
+        expect(
+            out.requires_grad and all(bool(part[1].any()) for part in torch.autograd.grad(out.sum(), (theirs.lora_a, theirs.lora_b))),
+            f"{name} lets no gradient through to lora_a and lora_b: leave out no_grad and detach, they are to be trained.",
+        )
     free = DepthLoRA(6, 4, rank=2, n_passes=3, beyond="none")
     with torch.no_grad():
         free.lora_b.normal_()
@@ -115,10 +129,15 @@ def depth_lora(DepthLoRA):
         },
     )
     expect_close(theirs(x, 7), x @ (b[-1] @ a[-1]).mT, "Beyond the last pass, the forward should hold the last change, as merged does.")
+    expect_close(theirs.merged(weight, 3), weight + b[-1] @ a[-1], "The first pass beyond is pass_index n_passes: hold from there on.")
+    expect_close(free.merged(weight, 3), weight, "The first pass beyond is pass_index n_passes: from there on 'none' changes nothing.")
     expect_close(free.merged(weight, 7), weight, "Beyond the last pass, with beyond='none', the weight is as it was.")
     expect_close(free(x, 7), torch.zeros(2, 5, 4), "Beyond the last pass, with beyond='none', the forward adds zeros.")
-    expect_raises(ValueError, lambda: DepthLoRA(6, 4, rank=5, n_passes=3), "A rank above the smaller side of the layer should raise a ValueError.")
-    expect_raises(ValueError, lambda: theirs.merged(weight, -1), "A pass_index of −1 should raise a ValueError, not count from the end.")
+    for sizes in ((6, 4), (4, 6)):
+        too_large = partial(DepthLoRA, *sizes, rank=5, n_passes=3)
+        expect_raises(ValueError, too_large, "A rank above the smaller side of the layer should raise a ValueError.")
+    for call in (lambda: theirs.merged(weight, -1), lambda: theirs(x, -1)):
+        expect_raises(ValueError, call, "A pass_index of −1 should raise a ValueError, not count from the end.")
     expect_raises(ValueError, lambda: theirs.merged(weight.mT, 0), "A weight of another shape should raise a ValueError.")
 
 
@@ -157,8 +176,9 @@ def low_rank(low_rank):
         "The product is right, and one factor has the singular values alone: give each their root, so that both learn at one pace.",
     )
     expect_shape(low_rank(torch.randn(3, 5, 4), 2)[0], (3, 5, 2), "lora_b of three matrices at once")
-    for bad in (0, 5):
-        expect_raises(ValueError, lambda: low_rank(matrix, bad), f"Rank {bad} of a 5 × 4 matrix should raise a ValueError.")
+    for bad, given in ((0, matrix), (5, matrix), (5, matrix.mT)):
+        shape = " × ".join(map(str, given.shape))
+        expect_raises(ValueError, partial(low_rank, given, bad), f"Rank {bad} of a {shape} matrix should raise a ValueError.")
     expect_raises(ValueError, lambda: low_rank(matrix * float("nan"), 2), "A matrix with nan should raise a ValueError.")
 
 

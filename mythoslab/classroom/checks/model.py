@@ -15,7 +15,14 @@ def beside(learners, name: str, topic: str):
 
 def _config(learners, **changes):
     small = dict(
-        vocab_size=11, dim=8, n_heads=2, hidden_dim=12, n_passes=3, context_length=6, rope_theta=50.0, expert_dim=5
+        vocab_size=11,
+        dim=8,
+        n_heads=2,
+        hidden_dim=12,
+        n_passes=3,
+        context_length=6,
+        rope_theta=50.0,
+        expert_dim=5,
     )
     return beside(learners, "MythosConfig", "model")(**{**small, **changes})
 
@@ -83,6 +90,20 @@ def core(Core):
         },
         atol=1e-4,
     )
+    expect_close(
+        _gradient(theirs, inputs, 2),
+        _gradient(ours, inputs, 2),
+        "With n_backward=2 gradients should go through the last two passes.",
+        mistakes={
+            "Gradients always go through one pass: of n_passes those from n_passes - n_backward on have them.": _gradient(
+                ours, inputs, 1
+            ),
+            "The last pass has no gradients: all from n_passes - n_backward on have them.": torch.zeros_like(
+                inputs
+            ),
+        },
+        atol=1e-4,
+    )
     kept = []
     theirs.blocks[0].register_forward_hook(lambda block, read, out: kept.append(out.requires_grad))
     with torch.no_grad():
@@ -96,6 +117,9 @@ def core(Core):
         ValueError,
         lambda: theirs(inputs, torch.zeros_like(each)),
         "Zero passes should raise a ValueError when each token has its own number, too.",
+    )
+    expect_raises(
+        ValueError, lambda: theirs(inputs, 2, n_backward=0), "n_backward=0 should raise a ValueError."
     )
 
 
@@ -165,9 +189,22 @@ def _core_memory(Core, ours, theirs, inputs):
             ),
         },
     )
-    expect(
-        bool(slots[1][:, 2:].any()),
-        "After the last pass the later slots are empty: call keep_showing on every memory.",
+    later = slots[0][:, 2:]
+    expect_close(
+        slots[1][:, 2:],
+        later,
+        "What the slots after the last pass hold is off: call keep_showing(n_passes) on every memory.",
+        mistakes={
+            "After the last pass the later slots are empty: call keep_showing on every memory.": torch.zeros_like(
+                later
+            ),
+            "Only the first block's memory is filled up: call keep_showing on every one.": torch.stack(
+                (later[0], torch.zeros_like(later[1]))
+            ),
+            "One slot stays empty: passes count from 0, so the first one that is left is n_passes.": torch.cat(
+                (torch.zeros_like(later[:, :1]), later[:, 1:]), 1
+            ),
+        },
     )
 
 
@@ -214,9 +251,11 @@ def count_parameters(count_parameters):
         atol=0,
         rtol=0,
     )
-    wide = _config(count_parameters, attention="mla", q_lora_rank=3, ffn="moe", n_routed_experts=6, n_shared_experts=1)
+    wide = _config(
+        count_parameters, attention="mla", q_lora_rank=3, ffn="moe", n_routed_experts=6, n_shared_experts=1
+    )
     for changes, sentence in _SWITCHED:
-        config = replace(base, **changes)
+        config = replace(base, n_core=2, **changes)
         counted = sum(weight.numel() for weight in reference("model").Mythos(config).parameters())
         expect(count_parameters(config) == counted, sentence)
     unused = 4 * 3 * wide.dim * wide.expert_dim * wide.n_core
@@ -224,6 +263,12 @@ def count_parameters(count_parameters):
         count_parameters(wide) - count_parameters(wide, active=True) == unused,
         "With active=True count of the routed experts only those that serve a token.",
     )
+    adapted = replace(base, pass_adapter="lora", lora_rank=2)
+    others = [
+        count(adapted) - count(adapted, active=True)
+        for count in (count_parameters, reference("model").count_parameters)
+    ]
+    expect(others[0] == others[1], "With active=True count the adapters of one pass only.")
 
 
 _SWITCHED = (
@@ -330,9 +375,23 @@ def sample(sample):
         },
         atol=0.035,
     )
+    expect_close(
+        shares(top_k=3, temperature=2.0),
+        (kept / 2).softmax(0),
+        "With top_k and a temperature both should count.",
+        mistakes={
+            "With top_k the temperature has no effect: divide what is left by it, too.": kept.softmax(0)
+        },
+        atol=0.035,
+    )
     expect(
         torch.equal(logits, given),
         "You change the logits that were handed in: use masked_fill, not masked_fill_.",
+    )
+    alike, draw = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.Generator().manual_seed(0)
+    expect(
+        len({sample(alike, top_k=2, generator=draw) for _ in range(100)}) == 2,
+        "Of three tokens that are alike top_k=2 should keep two: go by the indices of topk, not by the k-th logit.",
     )
     sample(logits, top_k=50)
     expect_raises(
