@@ -537,6 +537,10 @@ def test_answers_are_right_after_the_pass_that_reaches_them(words):
     assert right.shape == (6, 80) and torch.equal(difficulty, batch.difficulty[batch.difficulty >= 0])
     for index in range(6):
         assert torch.equal(right[index], difficulty <= index)
+    told = []
+    says.think = lambda tokens, n_passes: told.append(n_passes) or says.states
+    reference("training").answers_right(says, batch, 6, rest_after=2)
+    assert torch.equal(told[0], torch.where(batch.difficulty >= 0, 6, 2))
     small, whole = answers_right(model, batch, 3, batch_size=3), answers_right(model, batch, 3)
     assert torch.equal(small[0], whole[0]) and torch.equal(small[1], whole[1])
 
@@ -1515,9 +1519,10 @@ def test_train_says_all_it_promises_and_ask_goes_on_from_it(tmp_path, monkeypatc
         assert line[2:36].strip() == name and 0 < float(line[36:]) < 10
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert training.told_results(results) in printed and results["run"]["n_steps"] == 2 and results["run"]["seed"] == 3
-    assert set(results["right"]) == {"forests", "balanced", "sums", "facts", "longer"}
-    for by_passes in results["right"].values():
-        assert set(by_passes) == {str(count * passes) if count else "1" for count in (0, 1, 2, 4)}
+    assert set(results["right"]) == {"forests", "balanced", "sums", "facts", "longer", "resting"}
+    for kind, by_passes in results["right"].items():
+        enough = {"enough"} if kind in ("longer", "resting") else set()
+        assert set(by_passes) == {str(count * passes) if count else "1" for count in (0, 1, 2, 4)} | enough
         assert all(0 <= share <= 1 for shares in by_passes.values() for share in shares)
     assert len(results["right"]["balanced"]["1"]) == 4 and len(results["right"]["sums"]["1"]) == 4
     assert str(out) in printed and "The for statement" in printed
