@@ -606,10 +606,10 @@ def initialise(model: nn.Module) -> None:
     """Draw the starting weights of a model, so that no pass swells the state.
 
     Every matrix starts with deviation ``1/√(channels in)``, and those of a block that add to the stream smaller by
-    √(2 · depth), where depth counts every block as often as it runs (and twice without an injection). Embeddings start at 0.02, and smaller in models wider
-    than 128: they are normed when read, and a new model then gives all tokens but the one just read nearly the same chance.
-    Where reading and writing share a matrix, that one has about ten times as much, still next to nothing. Norms, injection, adapters and the halting head keep the
-    start of their own.
+    √(2 · depth), where depth counts every block as often as it runs (and twice without an injection). Embeddings start at
+    0.02, and smaller in models wider than 128: they are normed when read, and a new model then gives all tokens but the one
+    just read nearly the same chance. Where reading and writing share a matrix, that one has about ten times as much, still
+    next to nothing. Norms, injection, adapters and the halting head keep the start of their own.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3, with passes counted as depth.
     """
