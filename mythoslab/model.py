@@ -603,7 +603,7 @@ class TokenShift(nn.Module):
 # %% ../notebooks/08_model.ipynb #initialise
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
-    """Draw the starting weights of a model, so that no pass swells the state.
+    """Draw the starting weights of a model: what adds to the stream small, and embeddings so small that it guesses.
 
     Every matrix starts with deviation ``1/√(channels in)``, and those of a block that add to the stream smaller by
     √(2 · depth), where depth counts every block as often as it runs (and twice without an injection). Embeddings start at
