@@ -633,7 +633,7 @@ def test_chains_come_first_with_every_pass_read_and_text_a_fiftieth_of_its_weigh
     draw, take, noting = training.draw_questions, training.training_step, training._noting
     monkeypatch.setattr(training, "draw_questions", lambda *given, **kind: drawn.append(draw(*given, **kind)) or drawn[-1])
     monkeypatch.setattr(training, "training_step", lambda *given, **kind: scaled.append(take(*given, **kind)) or scaled[-1])
-    monkeypatch.setattr(training, "_noting", lambda *given: reads.append(given[3:]) or noting(*given))
+    monkeypatch.setattr(training, "_noting", lambda *given: reads.append(given[3:5]) or noting(*given))
     plan = replace(PLAN, n_steps=10, chains_first=0.4, n_read=2, more_passes=4)
     steps = train(new_model(words), data, plan, words=words)
     assert all(step.loss > 4 and step.question_loss > 0 and step.right is not None for step in steps)
@@ -664,9 +664,49 @@ def test_chains_come_first_no_longer_than_it_takes_to_answer_them(words, data, m
     assert alone == [True] * 3 + [False] * 3
 
 
-def test_chains_cannot_come_first_without_questions():
-    with pytest.raises(ValueError, match="chains_first is 0.5; it must be 0 if there are no questions"):
-        TrainConfig(chains_first=0.5)
+@pytest.mark.parametrize("name", ["chains_first", "resting"])
+def test_chains_cannot_come_first_nor_tokens_rest_without_questions(name):
+    with pytest.raises(ValueError, match=f"{name} is 0.5; it must be 0 if there are no questions"):
+        TrainConfig(**{name: 0.5})
+
+
+def test_what_is_asked_goes_on_while_all_else_rests(words):
+    batch = chain_questions(4, words, max_depth=3, n_asked=8, generator=seeded(0))
+    asked = batch.difficulty >= 0
+    assert torch.equal(batch.passes_at_rest(7), torch.where(asked, 7, 2))
+    assert torch.equal(batch.passes_at_rest(7, 3), torch.where(asked, 7, 3))
+    assert (batch.passes_at_rest(1) == 1).all()  # nobody goes on for longer than what is asked
+    told, says = [], Oracle(torch.stack([batch.targets(index) for index in range(6)]), words.tokenizer.vocab_size)
+    says.think = lambda tokens, n_passes: told.append(n_passes) or says.states
+    for rest in (False, True):
+        reference("training").question_loss(says, batch, 6, [5], rest=rest)
+    assert told[0] == 6 and torch.equal(told[1], batch.passes_at_rest(6))
+
+
+def test_at_the_end_tokens_rest_in_half_of_the_batches(words, data, monkeypatch):
+    drawn, thought, stages = [], [], []
+    draw, make = training.draw_questions, training.make_step
+    monkeypatch.setattr(training, "draw_questions", lambda *given, **kind: drawn.append(draw(*given, **kind)) or drawn[-1])
+    monkeypatch.setattr(training, "make_step", lambda *given, **kind: stages.append(kind["resting"]) or make(*given, **kind))
+    model = new_model(words)
+    think = model.think
+    monkeypatch.setattr(model, "think", lambda tokens, n_passes: thought.append(n_passes) or think(tokens, n_passes))
+    plan = replace(PLAN, n_steps=40, resting=0.5, batch_size=0, accumulate=2)
+    train(model, data, plan, words=words)
+    assert stages == [False] * 20 + [True] * 20
+    rests = []
+    for (questions, count), passes in zip(drawn, thought, strict=True):
+        rests.append(torch.is_tensor(passes))
+        assert torch.equal(passes, questions.passes_at_rest(count)) if rests[-1] else passes == count
+    assert not any(rests[:40]) and 12 <= sum(rests[40:]) <= 28
+    assert any(one != other for one, other in zip(rests[40::2], rests[41::2]))  # for each batch, not each step
+
+
+def test_until_tokens_rest_a_run_is_the_one_without(words, data):
+    """The die for resting is not thrown before it counts."""
+    without, with_rest = (train(new_model(words), data, replace(PLAN, resting=resting), words=words) for resting in (0.0, 0.5))
+    assert without_seconds(without)[:3] == without_seconds(with_rest)[:3] and len(with_rest) == 6
+    assert without_seconds(without) != without_seconds(with_rest)
 
 
 def test_the_bias_of_experts_moves_in_training_and_each_step_counts_anew(words, data):
@@ -914,6 +954,19 @@ def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(finished, words
     assert_same_end(tmp_path, finished[0])
 
 
+@pytest.mark.parametrize("pressed_in", [3, 4, 5, 6])
+def test_a_run_goes_on_into_the_steps_in_which_tokens_rest_and_within_them(words, data, tmp_path, monkeypatch, pressed_in):
+    plan, whole, halves = replace(PLAN, n_steps=7, resting=0.4, accumulate=2), tmp_path / "whole", tmp_path / "halves"
+    at_once = train(new_model(words), data, plan, words=words, folder=whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stopping_politely", lambda: stop_after(pressed_in))
+        with pytest.raises(KeyboardInterrupt, match=f"after step {pressed_in} of 7, saved in"):
+            train(new_model(words), data, plan, words=words, folder=halves)
+    again = train(new_model(words), data, plan, words=words, folder=halves, resume=True)
+    assert len(again) == 7 and without_seconds(again) == without_seconds(at_once)
+    assert_same_end(halves, whole)
+
+
 def test_without_a_folder_ctrl_c_promises_nothing(words, data, monkeypatch):
     monkeypatch.setattr(training, "stopping_politely", lambda: stop_after(2))
     with pytest.raises(KeyboardInterrupt) as stopped:
@@ -1056,7 +1109,7 @@ folder, text, seed = Path(sys.argv[1]), Path(sys.argv[2]).read_text(encoding="ut
 tokenizer = Tokenizer.train(text + training.question_words(), 512)
 words, data = training.Words(tokenizer), tokenizer.encode(text)
 plan = training.TrainConfig(n_steps=45, batch_size=2, question_batch=4, n_facts=(4, 6), n_asked=3, max_depth=3,
-    n_passes=(1, 2), accumulate=2, bias_rate=0.01, save_every=3, chains_first=0.3)
+    n_passes=(1, 2), accumulate=2, bias_rate=0.01, save_every=3, chains_first=0.3, resting=0.2)
 shape = MythosConfig(tokenizer.vocab_size, dim=16, n_heads=2, hidden_dim=24, n_passes=2, context_length=48, ffn="moe",
     expert_dim=8, n_routed_experts=4, halting="settled")
 training.shortest_fact(words)
@@ -1209,6 +1262,8 @@ def test_the_rate_rises_holds_and_falls_and_is_never_zero(n_steps, warm_up, deca
         ("decay", -0.5),
         ("chains_first", 1.5),
         ("chains_first", None),
+        ("resting", -0.1),
+        ("resting", True),
         ("n_passes", (1, 0)),
         ("n_passes", 3),
         ("learning_rate", "0.1"),
