@@ -75,7 +75,7 @@ class MythosConfig:
             ``"none"``.
         pass_adapter: What makes passes differ: ``"none"``, ``"embedding"`` or ``"lora"`` of ``lora_rank``.
         halting: Rule by which tokens stop, ``"none"`` for a fixed number of passes; all but it and ``"converge"`` need a
-            head.
+            halting head.
 
     Raises:
         ValueError: A field is of the wrong type, outside its range, or does not fit another.
