@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Bool, Float, Int64
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .depth_lora import AdaptedBlock, PassEmbedding
@@ -760,6 +761,12 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         return super()._from_pretrained(model_id=model_id, strict=strict, **kind)
 
     @classmethod
+    def _load_as_safetensor(cls, model, model_file, *args):
+        with safe_open(model_file, "pt") as file:
+            dtype = file.get_tensor("embedding.weight").dtype
+        return super()._load_as_safetensor(model.to(dtype), model_file, *args)
+
+    @classmethod
     def _load_as_pickle(cls, *args):
         raise ValueError("there is no model.safetensors: a pickled model can run code when it is loaded, and is refused")
 
@@ -1002,10 +1009,13 @@ def generate(
         for _ in range(n_new):
             full = len(text) > context
             window = torch.tensor([text[-context:] if full else new], device=model.embedding.weight.device)
-            in_training = model.training
-            with torch.inference_mode():
-                logits = model.eval()(window, passes, cache=None if full else cache).logits[0, -1].float().cpu()
-            model.train(in_training)
+            in_training = [(part, part.training) for part in model.modules()]
+            try:
+                with torch.inference_mode():
+                    logits = model.eval()(window, passes, cache=None if full else cache).logits[0, -1].float().cpu()
+            finally:
+                for part, was in in_training:
+                    part.training = was
             new = [sample(logits, temperature=temperature, top_k=top_k, generator=generator)]
             text += new
             yield text[-1]

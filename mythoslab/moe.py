@@ -101,6 +101,7 @@ def loop_over_experts(
 # %% ../notebooks/07_moe.ipynb #grouped-product
 #: Rows in multiples of which oneDNN is called: few shapes, so that its kernels for them are soon all there.
 WHOLE_ROWS = 16
+_GROUPED = getattr(F, "grouped_mm", None) or torch._grouped_mm  # which it is called in PyTorch 2.9
 
 
 def _by_one_dnn(rows: Tensor, weights: Tensor, ends: list[int]) -> Tensor:
@@ -134,14 +135,15 @@ def grouped_product(
 ) -> Float[Tensor, "pair dim_out"]:
     """Each expert's rows times its weights, ``rows @ weights[expert].mT``; ``ends`` says where its rows end.
 
-    By oneDNN where that is faster; else in one call where PyTorch has it for these sizes, rows of whole 16 bytes and no
-    float64; else one by one.
+    By oneDNN where that is faster; else in one call where PyTorch has it: for rows of whole 16 bytes and one dtype, not
+    float64, and when compiled bfloat16 alone; else one by one.
     """
     if learns_by_one_dnn(rows, weights) and len(rows) >= MANY_ROWS * len(weights):
         return _GroupedByOneDNN.apply(rows, weights, ends.tolist())
     whole = 16 // rows.element_size()
-    if rows.dtype != torch.float64 and weights.shape[1] % whole == 0 and weights.shape[2] % whole == 0:
-        return F.grouped_mm(rows, weights.mT, offs=ends)
+    known = rows.dtype == weights.dtype != torch.float64 and (rows.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
+    if known and weights.shape[1] % whole == 0 and weights.shape[2] % whole == 0:
+        return _GROUPED(rows, weights.mT, offs=ends)
     parts = rows.tensor_split(ends.narrow(0, 0, len(ends) - 1).tolist())
     return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights.unbind())])
 
@@ -304,6 +306,13 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("bias", torch.zeros(n_routed_experts))
         self.register_buffer("load_by_pass", torch.zeros(n_passes, n_routed_experts, dtype=torch.int64), persistent=False)
 
+    def _apply(self, change, recurse=True):
+        bias = self.bias
+        super()._apply(change, recurse)
+        if self.bias.dtype in (torch.float16, torch.bfloat16):  # the choice is made in float32
+            self.bias = bias.to(self.bias.device, torch.float32)
+        return self
+
     @property
     def load(self) -> Float[Tensor, "expert"]:
         """Tokens that each expert has served in training since the last :meth:`update_bias`, all passes together."""
@@ -322,7 +331,9 @@ class MixtureOfExperts(nn.Module):
     def route(self, x: Float[Tensor, "*token dim"]) -> Routing:
         """Experts and weights for every token; scores in float32 at least."""
         wide = x if x.dtype == torch.float64 else x.float()
-        logits = F.linear(wide, self.router.weight.to(wide.dtype))
+        device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+        with torch.autocast(device, enabled=False):
+            logits = F.linear(wide, self.router.weight.to(wide.dtype))
         return route(logits, self.bias, self.n_experts_per_token, **self.routing_rule)
 
     def forward(
@@ -404,22 +415,22 @@ def _read_deepseek(cls: type[MixtureOfExperts], config: object, state_dict: Mapp
     one_by_one = "experts.0.down_proj.weight" in weights
     try:
         if one_by_one:
-            of = {part: [weights[f"experts.{e}.{part}_proj.weight"] for e in numbers] for part in ("gate", "up", "down")}
+            of = {part: [weights.pop(f"experts.{e}.{part}_proj.weight") for e in numbers] for part in ("gate", "up", "down")}
             gate_up = torch.stack([torch.cat(pair) for pair in zip(of["gate"], of["up"])])
             down = torch.stack(of["down"])
         else:
-            gate_up, down = weights["experts.gate_up_proj"], weights["experts.down_proj"]
-        own = {"router.weight": weights["gate.weight"], "gate_up": gate_up, "down": down, "bias": experts.bias}
+            gate_up, down = weights.pop("experts.gate_up_proj"), weights.pop("experts.down_proj")
+        own = {"router.weight": weights.pop("gate.weight"), "gate_up": gate_up, "down": down, "bias": experts.bias}
         if version_3:
-            own["bias"] = weights["gate.e_score_correction_bias"]
+            own["bias"] = weights.pop("gate.e_score_correction_bias")
         if experts.shared is not None:
-            own |= {f"shared.{part}.weight": weights[f"shared_experts.{part}_proj.weight"] for part in ("gate", "up", "down")}
+            own |= {f"shared.{part}.weight": weights.pop(f"shared_experts.{part}_proj.weight") for part in ("gate", "up", "down")}
     except KeyError as error:
         raise ValueError(f"state_dict has no {error.args[0]}, which the config needs") from None
     got = {name: tuple(weight.shape) for name, weight in own.items()}
     needed = {name: tuple(weight.shape) for name, weight in experts.state_dict().items()}
     differing = {name: (got[name], needed[name]) for name in needed if got[name] != needed[name]}
     require(not differing, "(what state_dict has, what config needs)", differing, "the same")
-    experts.to(down.dtype).load_state_dict(own)
-    experts.bias = own["bias"].float().clone()  # the choice is made in float32
+    require(not weights, "state_dict", sorted(weights)[:4], "without names that the config has no place for")
+    experts.to(down.device, down.dtype).load_state_dict(own)
     return experts

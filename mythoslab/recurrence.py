@@ -313,12 +313,20 @@ def accuracy_by_depth(model: ForestModel, facts: ForestBatch, n_passes: int) -> 
 
 # %% ../notebooks/02_recurrence.ipynb #save-forest
 def save_forest(model: ForestModel, path: str | Path, **about: str) -> None:
-    """Write weights, configuration and a few words about them to one safetensors file, whole or not at all."""
+    """Write weights, configuration and a few words about them to one safetensors file, whole or not at all.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file(model.state_dict(), part, metadata={"config": json.dumps(model.config), **about})
-    part.replace(path)
+    try:
+        save_file(model.state_dict(), part, metadata={"config": json.dumps(model.config), **about})
+        part.replace(path)
+    except (SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error}): make room, or choose another folder") from None
 
 
 def load_forest(path: str | Path) -> ForestModel:
@@ -333,6 +341,6 @@ def load_forest(path: str | Path) -> ForestModel:
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     except FileNotFoundError:
         raise ValueError(f"there is no model at {path}: run mythoslab train --preset forest first") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no whole forest model ({error}): train it again") from None
     return model

@@ -69,7 +69,8 @@ class LTIInjection(nn.Module):
         """Factor of each channel at each pass, strictly inside (0, 1) for any parameters, in their dtype."""
         limits = torch.finfo(self.log_rate.dtype)
         slowest, fastest = math.log(limits.eps), math.log(-math.log(limits.tiny) - 1)
-        rate = self.log_rate.double().clamp(slowest, fastest).exp()
+        wide = torch.float32 if self.log_rate.device.type == "mps" else torch.float64  # which MPS does not know
+        rate = self.log_rate.to(wide).clamp(slowest, fastest).exp()
         return torch.exp(-rate).to(self.log_rate.dtype)
 
     def forward(

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import nbformat
@@ -300,6 +302,56 @@ def test_only_code_that_ran_and_passed_is_saved(workbook):
     assert "missing: add (changed since its check). The reference" in printed["save-changed"]
     assert printed["saved"] == f"{workbook.saved}\n"
     assert "fsum(list(numbers))" in workbook.saved.read_text()
+
+
+def test_two_exercises_may_bring_the_same_helper(workbook):
+    helper = "\n\n\ndef _as_floats(numbers):\n    return [float(number) for number in numbers]"
+    mine = {name: ADDING[name] + helper for name in ("add", "mean")}
+    printed = workbook.execute({**ADDING, **mine})
+    assert printed["save"].startswith("saved ") and workbook.saved.read_text().count("def _as_floats") == 2
+    assert "def add(" in workbook.saved.read_text() and "def mean(" in workbook.saved.read_text()
+
+
+def test_a_workbook_that_lost_a_check_saves_nothing_unchecked(workbook):
+    path = workbook.workbooks / "01_adding.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.cells = [cell for cell in book.cells if cell.id != "check-mean"]
+    nbformat.write(book, path)
+    blank = next(cell.source for cell in book.cells if cell.id == "mean")
+    cells = {**ADDING, "mean": blank}
+    del cells["check-mean"]
+    printed = workbook.execute(cells)
+    assert "not saved, because these are missing: mean (not checked yet)" in printed["save"]
+    assert not workbook.saved.exists()
+
+
+def test_what_a_check_says_is_told_and_not_a_warning_before_it(workbook):
+    warns = 'import warnings\n\nwarnings.warn("slow way")\n'
+    leaning = ADDING["mean"].replace("len(numbers)", "count(numbers)").replace("#| export\n", "#| export\n" + warns)
+    printed = workbook.execute({**ADDING, "imports": ADDING["imports"] + "\ncount = len", "mean": leaning})
+    assert "it fails: mean: not yet. It raised NameError" in printed["save"]
+
+
+def test_the_folder_of_workbooks_is_the_same_from_every_folder(course):
+    ask = "import os; os.chdir('notebooks'); from mythoslab.classroom.course import workbooks; print(workbooks())"
+    assert course.python("-c", ask, MYTHOSLAB_WORKBOOKS="mine").stdout == f"{course.root / 'mine'}\n"
+    assert course.python("-c", ask, MYTHOSLAB_WORKBOOKS="~/mine").stdout == f"{Path.home() / 'mine'}\n"
+
+
+def test_ctrl_c_ends_a_notebook_that_runs_with_one_word(course):
+    course.write("03_waiting", {"title": "# Waiting\n\n> A long time.", "wait": "import time\n\nopen('begun', 'w').close()\ntime.sleep(300)"})
+    before = (course.root / "notebooks" / "03_waiting.ipynb").read_bytes()
+    command = [sys.executable, "-m", "mythoslab.classroom.run", "waiting"]
+    kind = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(command, cwd=course.root, env=course.environment, **kind) as run:
+        for _ in range(600):
+            if (course.root / "notebooks" / "begun").exists():
+                break
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        told, complaint = run.communicate(timeout=60)
+    assert run.returncode == 130 and told == "" and "stopped" in complaint and "Traceback" not in complaint
+    assert (course.root / "notebooks" / "03_waiting.ipynb").read_bytes() == before
 
 
 def test_code_that_leans_on_the_rest_of_the_session_is_not_saved(workbook):

@@ -1,7 +1,10 @@
 """The trials of `mythoslab evidence`: exact questions, every trial trains, and results that are kept and gone on with."""
 
 import json
+import resource
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +167,34 @@ def test_a_line_that_was_cut_off_is_run_again(quick, tmp_path):
     evidence.evidence(path, n_seeds=1)
     assert quick[3:] == [("three", 0)] and len(read_results(path)) == 3
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_line_is_mended_in_place_and_nothing_whole_is_written_again(quick, tmp_path, monkeypatch):
+    path = tmp_path / "evidence.jsonl"
+    evidence.evidence(path, n_seeds=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"trial": ')
+    monkeypatch.setattr(Path, "write_text", None)  # would empty the file first
+    evidence.add_result(path, {"trial": {"name": "four"}})
+    assert path.read_bytes() == whole + b'{"trial": {"name": "four"}}\n'
+
+
+def test_a_disk_that_takes_half_a_line_is_told(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limit[1]))
+    try:
+        with pytest.raises(UserError, match="No space left on device.*: make room"):
+            evidence.add_result(tmp_path / "some.jsonl", {"trial": {}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, told)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_any_trial_runs(quick, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["evidence", "--out", str(tmp_path / "file" / "evidence.jsonl")]) == 2
+    assert quick == [] and "cannot write to" in capsys.readouterr().err
 
 
 def test_a_damaged_line_is_named(quick, tmp_path):

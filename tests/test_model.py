@@ -905,8 +905,8 @@ for attention in CHOICES["attention"]:
     plain, compiled = (torch.autograd.grad(out.square().sum(), block.parameters(), allow_unused=True) for out in (plain, compiled))
     for one, other in zip(plain, compiled):
         assert torch.allclose(one, other, atol=1e-4)
-# Experts: in bfloat16, as PyTorch's compiler knows their grouped product in no other, and in sizes that need none.
-for dtype, expert_dim, atol in ((torch.bfloat16, 8, 0.05), (torch.float32, 5, 1e-5)):
+# Experts: in bfloat16 by a grouped product, which PyTorch's compiler knows in no other, and in float32 one by one.
+for dtype, expert_dim, atol in ((torch.bfloat16, 8, 0.05), (torch.float32, 8, 1e-5), (torch.float32, 5, 1e-5)):
     torch.manual_seed(0)
     block = MythosBlock(replace(config, ffn="moe", expert_dim=expert_dim), core=True).to(dtype).eval()
     x = torch.randn(2, 9, 16, dtype=dtype)
@@ -935,6 +935,27 @@ def offline(monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_saved_model_comes_back_in_its_dtype(dtype, tmp_path, offline):
+    model = lively(replace(SMALL, ffn="moe")).to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded, kept = Mythos.from_pretrained(tmp_path), model.state_dict()
+    assert loaded.embedding.weight.dtype == dtype
+    assert all(torch.equal(tensor, kept[name]) and tensor.dtype == kept[name].dtype for name, tensor in loaded.state_dict().items())
+
+
+def test_a_model_is_in_training_as_before_whatever_happens_while_it_writes():
+    model = lively(SMALL).train()
+    model.prelude.eval()
+    before = [part.training for part in model.modules()]
+    next(generate(model, torch.tensor([1, 2]), 3))
+    assert before == [part.training for part in model.modules()]
+    model.read = model.think = None  # so that it fails in the midst of it
+    with pytest.raises(TypeError):
+        next(generate(model, torch.tensor([1, 2]), 3))
+    assert before == [part.training for part in model.modules()]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -173,6 +173,35 @@ def test_load_counts_past_what_half_precision_can():
     assert part.load.tolist() == [701]
 
 
+def whole_sized(**options):
+    torch.manual_seed(0)
+    return MixtureOfExperts(32, 16, n_routed_experts=4, n_experts_per_token=2, **options)
+
+
+def test_the_bias_stays_in_float32_when_all_else_is_rounded():
+    part = experts()
+    part.bias.copy_(torch.linspace(4.0, 4.02, 6))
+    exact = part.bias.clone()
+    for change in ("bfloat16", "half", "float"):
+        part = getattr(part, change)()
+        assert torch.equal(part.bias, exact) and part.down.dtype == getattr(torch, change)
+    part.load_by_pass[0, 0] = 9
+    before = part.bfloat16().bias.clone()
+    part.update_bias(0.001)
+    assert (part.bias[1:] > before[1:]).all() and part.bias[0] < before[0]
+    assert part.double().bias.dtype == torch.float64
+
+
+def test_autocast_routes_as_without_it_and_runs():
+    part, x = whole_sized(), torch.randn(4, 50, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(part.route(x).weights, part.route(x.clone()).weights) and part.route(x).weights.dtype == torch.float32
+        inside, mixed = part.route(x), part(x.bfloat16())
+    outside = part.route(x)
+    assert torch.equal(inside.experts, outside.experts) and torch.equal(inside.weights, outside.weights)
+    assert torch.allclose(mixed.float(), part(x.bfloat16().float()), atol=0.05)
+
+
 def test_the_sequence_loss_is_there_in_training_when_asked_for():
     part, x = experts(sequence_balance=0.1), torch.randn(2, 4, 8)
     part(x, 0)

@@ -269,6 +269,7 @@ def test_experts_go_there_and_back(version):
         ),
         (lambda weights: {n: w for n, w in weights.items() if n != "gate.weight"}, "state_dict has no gate.weight, which the config needs"),
         (lambda weights: {**weights, "gate.weight": torch.zeros(3, 3)}, r"what config needs\) is .*router.weight.*\(3, 3\)"),
+        (lambda weights: {**weights, "gate.bias": torch.zeros(3)}, r"state_dict is \['gate.bias'\]; .*no place for"),
     ],
 )
 def test_what_is_no_published_layer_of_experts_is_named(change, sentence):

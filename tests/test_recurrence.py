@@ -1,6 +1,8 @@
 """mythoslab.recurrence: the parts of a block, the loop, and the checks of the notebook that builds them."""
 
 import copy
+import resource
+import signal
 
 import pytest
 import torch
@@ -362,11 +364,28 @@ def test_saved_model_comes_back_and_a_damaged_one_is_named(tmp_path):
     with pytest.raises(ValueError, match="there is no model"):
         load_forest(tmp_path / "none.safetensors")
     whole = path.read_bytes()
+    with pytest.raises(ValueError, match="no whole forest model"):
+        load_forest(tmp_path)
     for damaged in (whole[:-10], b"", b"{}" * 40, whole.replace(b'\\"dim\\": 16', b'\\"dim\\": 32')):
         assert damaged != whole
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="no whole forest model"):
             load_forest(path)
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_the_model_that_was_there(tmp_path):
+    path, model = tmp_path / "model.safetensors", ForestModel(dim=16, hidden_dim=16, n_labels=8)
+    save_forest(model, path)
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors cannot be written \(.*\): make room, or choose another folder"):
+            save_forest(model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, told)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"] and path.read_bytes() == before
 
 
 class KnowsOneLinkMoreEachPass(ForestModel):

@@ -18,8 +18,8 @@ class UserError(ValueError):
 
 
 def workbooks() -> Path:
-    """Folder of the learner's workbooks: ``$MYTHOSLAB_WORKBOOKS``, or ``workbooks`` beside ``notebooks``."""
-    return Path(os.environ.get("MYTHOSLAB_WORKBOOKS") or ROOT / "workbooks").resolve()
+    """Folder of the learner's workbooks: ``$MYTHOSLAB_WORKBOOKS``, from the course's folder on, or ``workbooks`` in it."""
+    return Path(ROOT, Path(os.environ.get("MYTHOSLAB_WORKBOOKS") or "workbooks").expanduser()).resolve()
 
 
 def saved_modules() -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +23,7 @@ from ..questions import Tokenizer, forest, reference_documents, require, split, 
 from ..thinking import think
 from ..training import Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, halting_loss, held_out_bits, optimisers
 from ..training import question_words, schedule, training_step
-from .course import UserError, shown
+from .course import UserError, can_write, shown
 
 LABELS, COLOURS = 80, 8
 DEPTH = 5  # links of the longest questions in training
@@ -542,11 +544,13 @@ def add_result(path: Path, record: dict) -> None:
     """Write a record as one line at the end of the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if text and not text.endswith("\n"):  # a line that was cut off
-            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-        with path.open("ab", buffering=0) as file:  # in one piece, so that another process never reads half a line
-            file.write(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        with path.open("a+b", buffering=0) as file:  # in one piece, so that another process never reads half a line
+            file.seek(0)
+            written = file.read()
+            file.truncate(written.rfind(b"\n") + 1)  # a line that was cut off
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written ({error.strerror}): make room, or choose another file with --out") from None
 
@@ -569,6 +573,8 @@ def evidence(path: str | Path, only: str | None = None, n_seeds: int = SEEDS) ->
     done = read_results(path)
     missing = [trial for trial in trials if trial.key not in done]
     print(f"{len(trials) - len(missing)} of {len(trials)} trials are in {shown(path)}")
+    if missing:
+        can_write(path.parent)
     for number, trial in enumerate(missing, 1):
         if trial.key in read_results(path):  # another process was faster
             continue

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 import time
 from base64 import b64decode
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import nbformat
@@ -20,8 +23,24 @@ class Client(NotebookClient):
     The stand-in that nbclient opens for such a widget answers the kernel, and was seen to wait for ever.
     """
 
+    interrupted = False
+
     def on_comm_open_jupyter_widget(self, msg):
         return None
+
+    @asynccontextmanager
+    async def async_setup_kernel(self, **kwargs):
+        """As nbclient does it, but Ctrl-C ends the cell that runs; nbclient would end its kernel twice, and fail."""
+
+        def stop():
+            self.interrupted, self.shutdown_kernel = True, "immediate"
+            if self.task_poll_for_reply:
+                self.task_poll_for_reply.cancel()
+
+        async with super().async_setup_kernel(**kwargs):
+            with suppress(NotImplementedError, RuntimeError):  # on Windows, and in other threads
+                asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop)
+            yield
 
 
 def run(path: Path, timeout: int = 900) -> float:
@@ -39,6 +58,7 @@ def run(path: Path, timeout: int = 900) -> float:
 
     Raises:
         UserError: a cell failed; the message names the notebook, the cell and the error.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     read_notebook(path)
     notebook = nbformat.read(path, as_version=4)
@@ -59,6 +79,8 @@ def run(path: Path, timeout: int = 900) -> float:
     except CellTimeoutError:
         problem = f"took longer than {timeout} s"
     except DeadKernelError:
+        if client.interrupted:
+            raise KeyboardInterrupt from None
         problem = "the kernel died, perhaps for want of memory"
     else:
         problem = None

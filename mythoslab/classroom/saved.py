@@ -122,7 +122,7 @@ def _save_workbook(topic: str, path: Path) -> None:
     from .export import module_source
 
     workbook = read_notebook(path)
-    names = checked_names(workbook)
+    names = checked_names(read_notebook(NOTEBOOKS / path.name))  # a workbook may have lost a check
     not_right = {name: results[name].verdict if name in results else "not checked yet" for name in names}
     not_right = {name: verdict for name, verdict in not_right.items() if verdict != "right"}
     for name in names:
@@ -135,7 +135,8 @@ def _save_workbook(topic: str, path: Path) -> None:
 
     for cell in workbook["cells"]:
         if tagged(cell, "exercise"):
-            ran = [last_run(name) for name in defined_names(cell["source"])]
+            defined = defined_names(cell["source"])  # a helper may be there in several cells, so what was checked goes first
+            ran = [last_run(name) for name in sorted(defined, key=lambda name: name not in names)]
             cell["source"] = next((source for source in ran if source), cell["source"])
     source = module_source(path.name, workbook)
     problem = _problem_when_imported_afresh(topic, source, names)
@@ -203,10 +204,11 @@ def _try_out(topic: str, names: list[str]) -> None:
     module = importlib.import_module(f"{PACKAGE.name}.{topic}")
     if Path(module.__file__) != saved_module(topic):
         sys.exit(1)
-    from .checks import check
+    from .checks import check, results
 
-    if any(check(getattr(module, name)) is not getattr(module, name) for name in names):
-        sys.exit(1)
+    for name in names:
+        if check(getattr(module, name)) is not getattr(module, name):
+            sys.exit(results[name].line)  # to stderr, as the last line, after any warning
 
 
 def _forget(topic: str) -> None:
