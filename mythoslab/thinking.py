@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .mla import LatentCache
-from .model import Mythos, Shown, Thought, sample
+from .model import Mythos, Shown, Thought, is_whole, sample
 from .questions import Tokenizer, require
 
 # %% ../notebooks/10_thinking.ipynb #rules
@@ -133,7 +133,7 @@ class Reader:
         goes_on: bool = True,
         max_positions: int | None = None,
     ):
-        require(max_passes >= 1, "max_passes", max_passes, "at least 1")
+        require(is_whole(max_passes) and max_passes >= 1, "max_passes", max_passes, "a whole number of at least 1")
         rule = model.config.halting if rule is None else rule
         Stopper(model, rule, threshold, (1, 1))  # names what is wrong before anything is read
         self.model, self.max_passes, self.rule, self.threshold, self.goes_on = model, max_passes, rule, threshold, goes_on
@@ -163,8 +163,8 @@ class Reader:
             at: Where logits are wanted, (wanted, vocab) then; everywhere by default.
 
         Raises:
-            ValueError: They do not fit into the context, a sequence has none or fewer than ``counts`` says, or it has read and does
-                not go on.
+            ValueError: They do not fit into the context or ``max_positions``, a sequence has none or fewer than ``counts`` says, or
+                it has read and does not go on.
         """
         model, device = self.model, self.lengths.device
         tokens = tokens.to(device)
@@ -175,9 +175,9 @@ class Reader:
         require(most <= n_new, "the largest of counts", most, f"at most {n_new}, the tokens there are")
         start = int(self.lengths.min())
         require(self.goes_on or start == 0, "goes_on", self.goes_on, "true, to read more than once")
-        context = model.config.context_length
+        room = min(model.config.context_length, self.cache.tokens.shape[1])
         longest = int((self.lengths + counts).max())
-        require(longest <= context, "the number of tokens", longest, f"at most {context}, the context")
+        require(longest <= room, "the number of tokens", longest, f"at most {room}, the context or max_positions")
         rows = torch.arange(batch_size, device=device)
         offsets = torch.arange(n_new, device=device)
         real = offsets < counts.unsqueeze(1)
@@ -392,9 +392,10 @@ def generate(
     context = model.config.context_length
     require(len(prompts) >= 1, "the number of prompts", 0, "at least 1")
     for prompt in prompts:
+        require(prompt.dim() == 1, "the shape of a prompt", tuple(prompt.shape), "(position,); give several prompts as a list")
         fits = 1 <= len(prompt) and (trim or len(prompt) <= context)
         require(fits, "the number of prompt tokens", len(prompt), f"1 to {context}, the context; or trim it")
-    require(n_new >= 0, "n_new", n_new, "at least 0")
+    require(is_whole(n_new) and n_new >= 0, "n_new", n_new, "a whole number of at least 0")
     require(temperature >= 0, "temperature", temperature, "at least 0")
     require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
     require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
@@ -485,9 +486,14 @@ def write_text(
                 if safe:
                     yield Piece(held[0].text[:safe], held[0].passes)
                 return
-        yield from held
-        if waiting:
-            yield Piece(tokenizer.decode(waiting), passes)
+        if waiting:  # a character that was not finished
+            held.append(Piece(tokenizer.decode(waiting), passes))
+        unsaid = "".join(piece.text for piece in held)
+        left = min((unsaid.index(one) for one in stop if one in unsaid), default=len(unsaid))
+        for piece in held:
+            if left > 0:
+                yield Piece(piece.text[:left], piece.passes)
+            left -= len(piece.text)
 
     return pieces()
 

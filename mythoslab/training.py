@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -180,7 +180,7 @@ class QuestionBatch(NamedTuple):
     """Questions in text, with what each pass should have found.
 
     Args:
-        tokens: The text, questions included; what is asked comes right after an asked position.
+        tokens: The text, questions included. The answers of sums and facts come right after an asked position, those of chains are not in it.
         path: What should be known after 1, 2, … passes, one look-up each; the last entry is the answer, and holds for all later passes.
             −1 where nothing is asked.
         difficulty: Steps to the answer: links, or columns that a carry crosses. −1 where nothing is asked.
@@ -396,8 +396,8 @@ class TrainConfig:
         max_depth: Links of the longest chains, 1 … 19; training starts at one and goes on when it answers.
         chains_first: Share of the steps at the beginning in which chains are the only questions, every pass of them is read, and
             text has a fiftieth of its weight; it ends earlier once chains of all lengths are answered.
-        resting: Share of the steps at the end in which, in about half of the batches of questions, tokens that are not asked rest after
-            ``REST_AFTER`` passes.
+        resting: Share of the steps at the end in which questions get up to twice ``more_passes`` more, and tokens that are not asked
+            rest after ``REST_AFTER`` passes in about half of the batches of questions.
         n_facts: Fewest and most facts before the questions of a step.
         n_asked: Questions after the facts of each text, ≥ 1.
         more_passes: A step of questions runs 1 … this many passes more than the depth of its chains, ≥ 1.
@@ -560,9 +560,15 @@ class Curriculum:
 
 # %% ../notebooks/09_training.ipynb #draw-questions
 def draw_questions(
-    words: Words, config: TrainConfig, curriculum: Curriculum, generator: torch.Generator, *, chains_alone: bool = False
+    words: Words,
+    config: TrainConfig,
+    curriculum: Curriculum,
+    generator: torch.Generator,
+    *,
+    chains_alone: bool = False,
+    resting: bool = False,
 ) -> tuple[QuestionBatch, int]:
-    """The questions of a step, of all three kinds or chains alone, and the passes to run."""
+    """The questions of a step, of all three kinds or chains alone, and the passes to run: more where tokens may rest."""
 
     def number(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
@@ -585,7 +591,7 @@ def draw_questions(
         parts.append(sum_questions(n_sums, words, n_digits=n_digits, chain=crossing or None, length=length, generator=generator))
     if n_known:
         parts.append(fact_questions(n_known, words, length=length, generator=generator))
-    return join(parts), depth + number(1, config.more_passes)
+    return join(parts), depth + number(1, (2 if resting else 1) * config.more_passes)
 
 # %% ../notebooks/09_training.ipynb #losses
 def text_loss(
@@ -804,7 +810,7 @@ def make_step(
 ) -> Callable[[Sequence[torch.optim.Optimizer], int], Step]:
     """Draw the batches of a step now; the function that is handed back takes it, and tells what it did.
 
-    With ``resting``, tokens that are not asked rest in about half of the batches of questions.
+    With ``resting``, questions get up to twice as many passes more, and in about half of their batches tokens that are not asked rest.
     """
     kinds, losses, right, n_tokens, n_passes = [], [], [], 0, 0
     # Text hardly counts, and chains need not be perfect to go on: they are made so later.
@@ -818,7 +824,7 @@ def make_step(
             losses += of_text
             n_tokens, n_passes = n_tokens + batch[0].numel(), max(n_passes, most)
         if config.question_batch:
-            questions, count = draw_questions(words, config, curriculum, draw, chains_alone=chains_alone)
+            questions, count = draw_questions(words, config, curriculum, draw, chains_alone=chains_alone, resting=resting)
             some = sorted({count - 1, *torch.randperm(count, generator=draw).tolist()[: config.n_read - 1]})
             reads = range(count) if chains_alone else some
             rest = resting and bool(torch.rand((), generator=draw) < 0.5)
@@ -829,10 +835,11 @@ def make_step(
     scaled = [lambda loss=loss, share=share: share * loss() for loss, share in zip(losses, shares)]
 
     def take(optimisers, step):
+        for experts in _experts(model):  # what was measured, or a step that was broken off, does not count
+            experts.load_by_pass.zero_()
         values = training_step(model, scaled, optimisers, clip=config.clip)
-        for part in model.modules():
-            if isinstance(part, MixtureOfExperts):
-                part.update_bias(config.bias_rate)
+        for experts in _experts(model):
+            experts.update_bias(config.bias_rate)
         of = {kind: math.fsum(value for value, own in zip(values, kinds) if own == kind) / weights[kind] for kind in kinds}
         share = torch.cat(right).float().mean().item() if right else None
         depth = curriculum.depth if right else None
@@ -841,6 +848,10 @@ def make_step(
         return Step(step, of.get("text"), of.get("questions"), share, depth, n_passes, n_tokens, 0.0)
 
     return take
+
+
+def _experts(model: nn.Module) -> list[MixtureOfExperts]:
+    return [part for part in model.modules() if isinstance(part, MixtureOfExperts)]
 
 
 def _noting(right: list, model: Mythos, questions: QuestionBatch, n_passes: int, reads: Sequence[int], rest: bool) -> Tensor:
@@ -870,11 +881,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def can_begin(folder: Path) -> None:
-    """Make sure that a new run replaces none.
+    """Make sure that a new run replaces nothing.
 
     Raises:
-        ValueError: A run with checkpoints lies in the folder.
+        ValueError: A run with checkpoints lies in the folder, or a trained model.
     """
+    if (folder / "model.safetensors").exists():
+        raise ValueError(f"a trained model lies in {folder}: give the run a folder of its own")
     if any(folder.glob(STEPS)):
         raise ValueError(f"a run that was begun lies in {folder}: --resume goes on with it; remove the folder to begin anew")
 
@@ -999,12 +1012,14 @@ def open_log(folder: Path, history: Sequence[Step]) -> Iterator[Callable[[Step],
             if board is not None and name != "step" and value is not None:
                 board.add_scalar(name, value, step.step)
 
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-        try:
-            yield add
-        finally:
-            if board is not None:
-                board.close()
+    file = open(folder / "log.jsonl", "a", encoding="utf-8")
+    try:
+        yield add
+    finally:
+        with suppress(OSError):  # on a full disk; the line that did not fit was told
+            file.close()
+        if board is not None:
+            board.close()
 
 # %% ../notebooks/09_training.ipynb #train
 def train(
@@ -1086,11 +1101,13 @@ def train(
                     state = {**run, "curriculum": asdict(curriculum), "history": history}
                     save_checkpoint(folder, len(history), model, optims, state, draw.get_state())
             except OSError as error:
-                problem = f"step {len(history)} cannot be written to {folder} ({error.strerror})"
-                raise OSError(f"{problem}: make room, then the same command with --resume goes on") from None
+                problem = f"step {len(history)} cannot be written to {folder} ({error.strerror}): make room, then"
+                kept = any(folder.glob(STEPS))
+                raise OSError(f"{problem} {'the same command with --resume goes on' if kept else 'begin anew'}") from None
             if stop:
                 break
-    if len(history) < config.n_steps:
+        stop = stopped()  # also while the last step was written
+    if stop:
         kept = f", saved in {folder}: the same command with --resume goes on" if folder is not None else ""
         raise KeyboardInterrupt(f"stopped after step {len(history)} of {config.n_steps}{kept}")
     return history
@@ -1315,6 +1332,8 @@ def load(path: str | Path) -> tuple[Mythos, Tokenizer]:
         model.load_state_dict(weights, assign=True)
         if config.tie_embeddings:
             model.head.weight = model.embedding.weight
+        for experts in _experts(model):  # the tokens they served are not saved
+            experts.load_by_pass = torch.zeros_like(experts.load_by_pass, device="cpu")
     except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ValueError(f"the model in {path} is damaged: {error}; train it again") from None
     return model.eval(), tokenizer
@@ -1372,7 +1391,7 @@ def continuation(
 # %% ../notebooks/09_training.ipynb #train-preset
 TRAINING = {
     "tiny": TrainConfig(n_steps=800, batch_size=6, question_batch=32, n_facts=(4, 10), n_asked=8, max_depth=3, learning_rate=0.006, decay=0.4),
-    "course": TrainConfig(n_steps=6000, batch_size=4, question_batch=24, n_facts=(6, 24), n_passes=(2, 3, 4, 5, 6), chains_first=0.25, halting_steps=900),
+    "course": TrainConfig(n_steps=6000, batch_size=4, question_batch=24, n_facts=(6, 24), n_passes=(2, 3, 4, 5, 6), chains_first=0.25, resting=0.3, halting_steps=900),
 }
 _text_alone = TrainConfig(n_steps=6000, batch_size=4)
 # To compare with: the same text, in the same order, and no questions.
@@ -1414,9 +1433,9 @@ def measure(
         "forests": [chain_questions(256, words, max_depth=max_depth, n_facts=longest, n_asked=10, generator=draw)],
         "balanced": balanced(128, max_depth),
         "sums": [
-            sum_questions(64, words, n_digits=3, length=56, chain=chain or None, generator=draw) for chain in range(4)
+            sum_questions(64, words, n_digits=3, length=min(56, context), chain=chain or None, generator=draw) for chain in range(4)
         ],
-        "facts": [fact_questions(32, words, length=64, generator=draw)],
+        "facts": [fact_questions(32, words, length=min(64, context), generator=draw)],
         "longer": balanced(64, longer),
     }
     asked["resting"] = asked["longer"]
@@ -1425,9 +1444,9 @@ def measure(
         rest_after = REST_AFTER if kind == "resting" else None
         answered = [answers_right(model, batch, counts[-1], rest_after=rest_after) for batch in batches]
         right, difficulty = torch.cat([part[0] for part in answered], 1), torch.cat([part[1] for part in answered])
+        levels = [hard for place, hard in enumerate(difficulty.unique().tolist()) if hard == place]  # random forests may lack one
         results["right"][kind] = {
-            str(count): [right[count - 1, difficulty == hard].float().mean().item() for hard in difficulty.unique().tolist()]
-            for count in counts
+            str(count): [right[count - 1, difficulty == hard].float().mean().item() for hard in levels] for count in counts
         }
         if kind in ("longer", "resting"):
             needed = [min(links, len(right) - 1) for links in range(longer + 1)]

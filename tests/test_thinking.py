@@ -18,6 +18,7 @@ from mythoslab.thinking import (
     Gathered,
     Reader,
     Stopper,
+    Written,
     generate,
     nucleus,
     strip_html,
@@ -219,7 +220,10 @@ def test_the_seed_decides_and_nothing_else():
         (dict(max_passes=0), "max_passes is 0"),
         (dict(rule="soon"), "rule is 'soon'.*settled"),
         (dict(threshold=0.0), "threshold is 0.0"),
+        (dict(max_passes=2.5), "max_passes is 2.5; it must be a whole number"),
         (dict(n_new=-1), "n_new is -1"),
+        (dict(n_new=2.5), "n_new is 2.5; it must be a whole number"),
+        (dict(tokens=torch.zeros(2, 3, dtype=torch.long)), r"shape of a prompt is \(2, 3\).*a list"),
         (dict(temperature=-1.0), "temperature is -1"),
         (dict(top_k=0), "top_k is 0"),
         (dict(top_p=0.0), "top_p is 0"),
@@ -232,7 +236,7 @@ def test_the_seed_decides_and_nothing_else():
 def test_bad_input_is_named_before_anything_is_written(options, named):
     arguments = {"tokens": torch.tensor([1, 2]), "n_new": 3, **options}
     with pytest.raises(ValueError, match=named):
-        generate(lively(SMALL), **arguments)
+        reference("thinking").generate(lively(SMALL), **arguments)  # as for users, for whom no types are checked
 
 
 def test_a_rule_that_reads_a_head_is_refused_without_one():
@@ -253,6 +257,14 @@ def test_the_rule_is_the_models_own_unless_another_is_given(halting):
 def test_a_threshold_that_no_probability_reaches_is_refused(rule):
     with pytest.raises(ValueError, match="threshold is 1.5; it must be above 0 and below 1"):
         think(lively(SMALL), torch.zeros(1, 2, dtype=torch.long), max_passes=2, rule=rule, threshold=1.5)
+
+
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 3)])
+def test_a_reader_names_what_its_memory_cannot_hold(lengths):
+    reader, tokens = Reader(lively(SMALL), 2, max_passes=2, max_positions=8), torch.zeros(2, 6, dtype=torch.long)
+    reader.read(tokens, torch.tensor(lengths))
+    with pytest.raises(ValueError, match="number of tokens is 10; it must be at most 8, the context or max_positions"):
+        reader.read(tokens[:, :4])
 
 
 def test_a_reader_names_more_tokens_than_there_are_and_a_second_reading_that_was_not_planned():
@@ -309,6 +321,15 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_string():
     held = list(write_text(model, tokenizer, "ab cd", 12, seed=1, stop=[begun]))
     assert "".join(piece.text for piece in held) == told and all(piece.passes for piece in held)
     assert sum((piece.passes for piece in held), []) == [written.passes for written in tokens]
+
+
+def test_a_stop_string_is_seen_before_a_character_that_was_not_finished(monkeypatch):
+    tokenizer = Tokenizer.train("endä endö endü endß " * 60, 262)
+    token = tokenizer.encode("endä").tolist()[0]
+    assert tokenizer.decode([token]) == "end�"
+    monkeypatch.setattr(thinking, "generate", lambda *given, **options: iter([(Written(token, 1),)]))
+    told = [list(write_text(lively(SMALL), tokenizer, "e", 1, stop=stop)) for stop in ([], ["end"], ["nd"], ["x", "d�"])]
+    assert told == [[("end�", [1])], [], [("e", [1])], [("en", [1])]]
 
 
 @pytest.mark.parametrize("stop", ["end", [""], ["a", ""]])

@@ -686,7 +686,13 @@ def test_what_is_asked_goes_on_while_all_else_rests(words):
 def test_at_the_end_tokens_rest_in_half_of_the_batches(words, data, monkeypatch):
     drawn, thought, stages = [], [], []
     draw, make = training.draw_questions, training.make_step
-    monkeypatch.setattr(training, "draw_questions", lambda *given, **kind: drawn.append(draw(*given, **kind)) or drawn[-1])
+
+    def draws(words, config, curriculum, *given, **kind):
+        questions, count = draw(words, config, curriculum, *given, **kind)
+        drawn.append((questions, count, count - curriculum.depth))
+        return questions, count
+
+    monkeypatch.setattr(training, "draw_questions", draws)
     monkeypatch.setattr(training, "make_step", lambda *given, **kind: stages.append(kind["resting"]) or make(*given, **kind))
     model = new_model(words)
     think = model.think
@@ -695,10 +701,12 @@ def test_at_the_end_tokens_rest_in_half_of_the_batches(words, data, monkeypatch)
     train(model, data, plan, words=words)
     assert stages == [False] * 20 + [True] * 20
     rests = []
-    for (questions, count), passes in zip(drawn, thought, strict=True):
+    for (questions, count, _), passes in zip(drawn, thought, strict=True):
         rests.append(torch.is_tensor(passes))
         assert torch.equal(passes, questions.passes_at_rest(count)) if rests[-1] else passes == count
     assert not any(rests[:40]) and 12 <= sum(rests[40:]) <= 28
+    more = [beyond for _, _, beyond in drawn]
+    assert set(more[:40]) == {1, 2, 3, 4} and set(more[40:]) == set(range(1, 9))
     assert any(one != other for one, other in zip(rests[40::2], rests[41::2]))  # for each batch, not each step
 
 
@@ -722,6 +730,35 @@ def test_the_bias_of_experts_moves_in_training_and_each_step_counts_anew(words, 
     assert (biases(0.0) == 0).all()
     moved = biases(0.01).abs()
     assert moved.max() > 0 and ((moved / 0.01).round() <= 2).all()
+
+
+MOE = dict(ffn="moe", expert_dim=8, n_routed_experts=4, n_experts_per_token=1)
+
+
+def test_what_experts_served_before_a_step_does_not_count_in_it(words, data):
+    """A model that was measured, or whose step was broken off, learns as if nothing had been."""
+
+    def learnt(prepare):
+        model = new_model(words, **MOE).train()
+        prepare(model)
+        history = train(model, data, replace(PLAN, n_steps=3, bias_rate=0.1), words=words)
+        return without_seconds(history), torch.cat([part.bias for part in model.modules() if isinstance(part, MixtureOfExperts)])
+
+    def measured(model):
+        held_out_bits(model, data[:200], 600)
+        assert any(part.load.any() for part in model.modules() if isinstance(part, MixtureOfExperts))
+
+    (plain, bias), (after, other) = learnt(lambda model: None), learnt(measured)
+    assert plain == after and torch.equal(bias, other) and bias.abs().max() > 0
+
+
+def test_a_model_with_experts_is_read_whole_and_can_be_trained_on(words, data, tmp_path):
+    model = new_model(words, **MOE)
+    save(tmp_path / "kept", model, words.tokenizer)
+    read, _ = load(tmp_path / "kept")
+    assert not any(tensor.is_meta for tensor in (*read.buffers(), *read.parameters()))
+    again, whole = (train(one, data, replace(PLAN, n_steps=2), words=words) for one in (read.to("cpu"), model))
+    assert without_seconds(again) == without_seconds(whole)
 
 
 # Halting
@@ -833,6 +870,17 @@ def test_a_new_run_replaces_none(words, data, interrupted):
     with pytest.raises(ValueError, match="a run that was begun lies in .*: --resume goes on with it; remove the folder to begin anew"):
         train(new_model(words), data, PLAN, words=words, folder=folder)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_does_not_begin_where_a_trained_model_lies(words, data, tmp_path):
+    model = new_model(words)
+    save(tmp_path / "kept", model, words.tokenizer, log='{"step": 1}\n')
+    (tmp_path / "kept" / "tensorboard").mkdir()
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "kept").rglob("*") if path.is_file())
+    with pytest.raises(ValueError, match="a trained model lies in .*: give the run a folder of its own"):
+        train(model, data, PLAN, words=words, folder=tmp_path / "kept")
+    assert (tmp_path / "kept" / "tensorboard").is_dir()
+    assert before == sorted((path, path.read_bytes()) for path in (tmp_path / "kept").rglob("*") if path.is_file())
 
 
 def test_the_command_refuses_to_replace_a_run_before_it_prepares(small, monkeypatch, capsys):
@@ -967,6 +1015,16 @@ def test_a_run_goes_on_into_the_steps_in_which_tokens_rest_and_within_them(words
     assert_same_end(halves, whole)
 
 
+@pytest.mark.parametrize("pressed_in", [6, 7])
+def test_ctrl_c_in_the_last_step_or_while_it_is_written_is_heard(finished, words, data, tmp_path, monkeypatch, pressed_in):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stopping_politely", lambda: stop_after(pressed_in))
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 6 of 6, saved in .*: the same command with --resume goes on"):
+            train(new_model(words), data, PLAN, words=words, folder=tmp_path / "run")
+    again = train(new_model(words), data, PLAN, words=words, folder=tmp_path / "run", resume=True)
+    assert without_seconds(again) == without_seconds(finished[1])
+
+
 def test_without_a_folder_ctrl_c_promises_nothing(words, data, monkeypatch):
     monkeypatch.setattr(training, "stopping_politely", lambda: stop_after(2))
     with pytest.raises(KeyboardInterrupt) as stopped:
@@ -1093,6 +1151,21 @@ def test_a_full_or_read_only_disk_leaves_the_newest_whole_checkpoint(
     assert not list(tmp_path.glob(".part-*"))
     again = train(new_model(words), data, PLAN, words=words, folder=tmp_path, resume=True)
     assert without_seconds(again) == without_seconds(finished[1])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("kept, goes_on", [(0, "begin anew"), (4, "the same command with --resume goes on")])
+def test_a_log_on_a_full_disk_is_told_and_what_to_do(words, data, tmp_path, monkeypatch, kept, goes_on):
+    """The line that does not fit stays in the buffer, so that closing the file fails once more."""
+    if kept:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "stopping_politely", lambda: stop_after(kept))
+            with pytest.raises(KeyboardInterrupt):
+                train(new_model(words), data, PLAN, words=words, folder=tmp_path)
+    monkeypatch.setattr(training, "open", lambda path, *how, **kind: open("/dev/full", *how, **kind), raising=False)
+    problem = f"step {kept + 1} cannot be written to .*No space left on device.*: make room, then {goes_on}$"
+    with pytest.raises(OSError, match=problem):
+        train(new_model(words), data, PLAN, words=words, folder=tmp_path, resume=kept > 0)
 
 
 LIVES = '''
