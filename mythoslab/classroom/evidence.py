@@ -548,7 +548,8 @@ def add_result(path: Path, record: dict) -> None:
         with path.open("a+b", buffering=0) as file:  # in one piece, so that another process never reads half a line
             file.seek(0)
             written = file.read()
-            file.truncate(written.rfind(b"\n") + 1)  # a line that was cut off
+            if not written.endswith(b"\n"):  # a line that was cut off; else another process may just have added one
+                file.truncate(written.rfind(b"\n") + 1)
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
