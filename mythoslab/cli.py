@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from . import __version__
@@ -16,15 +17,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         0 when all is well, 1 when a command looked for something wrong and found it, 2 for a mistake of the
-        user, told in one sentence, 130 when interrupted.
+        user, told in one sentence, 130 when interrupted, 141 when nobody reads on (``mythoslab … | head``).
     """
     if sys.version_info < (3, 10):
         return _refuse(
             f"this is Python {sys.version.split()[0]}, and the course needs 3.10 or newer: install it"
         )
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a dash still gets the rest
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tells of it at its end
+        return 141
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt as interruption:
@@ -69,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("ask", help="let the trained model continue a prompt")
     command.add_argument("prompt", metavar="PROMPT", help='such as "The for statement"')
     command.add_argument("--from", dest="folder", default="runs/tiny", metavar="DIR", help="runs/tiny by default")
-    command.add_argument("--passes", type=int, metavar="N", help="most passes of a token; by default 4 times those trained")
+    command.add_argument("--passes", type=int, metavar="N", help="most passes of a token; by default as trained, or 4 times that where it can stop")
     command.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to write, 100 by default")
     command.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 is the likeliest; 0.7")
     command.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens with this share of chances")
@@ -168,8 +176,6 @@ def _train_forest(options):
 
 
 def _ask(options):
-    import os
-
     from .thinking import strip_terminal, usual_passes, write_text
     from .training import choose_device, load
 
@@ -186,7 +192,7 @@ def _ask(options):
         stop=options.stop or (),
         seed=options.seed,
     )
-    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     counts = []
     print(options.prompt, end="", flush=True)
     for piece in pieces:

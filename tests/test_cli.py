@@ -1,5 +1,6 @@
 """The command line: instant help, one sentence for a mistake, and a doctor that looks at this machine."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -44,6 +45,24 @@ def test_mistakes_and_interruptions_end_without_traceback(monkeypatch, capsys, e
     monkeypatch.setattr(cli, "_progress", fail)
     assert cli.main(["progress"]) == code
     assert capsys.readouterr().err == told
+
+
+def run_command(arguments, **environment):
+    command = [sys.executable, "-m", "mythoslab.cli", *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(buffered):
+    command = run_command(["progress"], PYTHONUNBUFFERED=buffered)
+    command.stdout.close()
+    assert (command.wait(), command.stderr.read()) == (141, b"")
+
+
+def test_a_terminal_without_dashes_still_gets_the_table():
+    told, errors = run_command(["progress"], PYTHONIOENCODING="latin-1").communicate()
+    assert b"?" in told and errors == b""
 
 
 def test_an_old_python_is_told_in_one_sentence(monkeypatch, capsys):

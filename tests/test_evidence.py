@@ -179,6 +179,23 @@ def test_a_line_is_mended_in_place_and_nothing_whole_is_written_again(quick, tmp
     assert path.read_bytes() == whole + b'{"trial": {"name": "four"}}\n'
 
 
+def test_a_whole_line_without_its_end_stays(quick, tmp_path):
+    path = tmp_path / "evidence.jsonl"
+    evidence.evidence(path, n_seeds=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole.rstrip(b"\n"))
+    evidence.add_result(path, {"trial": {"name": "four"}})
+    assert path.read_bytes() == whole + b'{"trial": {"name": "four"}}\n'
+
+
+def test_another_file_is_not_taken_for_a_broken_line(quick, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes, one line")
+    with pytest.raises(UserError, match="line 1 of .* is damaged"):
+        evidence.evidence(path, n_seeds=1)
+    assert path.read_text() == "my notes, one line" and quick == []
+
+
 def test_a_disk_that_takes_half_a_line_is_told(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     told = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

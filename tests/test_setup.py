@@ -111,6 +111,21 @@ def test_too_old_a_python_gets_one_sentence_and_exit_code_2(tmp_path):
         assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.parametrize("works", [False, True])
+def test_a_venv_of_too_old_a_python_is_made_anew(tmp_path, works):
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    there, new = tmp_path / ".venv" / "bin" / "python", tmp_path / "python3.12"
+    there.write_text(f"#!/bin/sh\nexit {int(not works)}\n")
+    new.write_text('#!/bin/sh\n[ "$2" = venv ] && echo "$@" > asked && printf "#!/bin/sh\\nexit 0\\n" > .venv/bin/python\nexit 0\n')
+    for script in (there, new):
+        script.chmod(0o755)
+    assert make(tmp_path, ".venv/.installed", f"PYTHON={new}").returncode == 0
+    asked = tmp_path / "asked"
+    assert asked.read_text() == "-m venv --clear .venv\n" if not works else not asked.exists()
+
+
 def run_by(user, folder, monkeypatch):
     """Let ``id`` name a user: 0 is root."""
     script = folder / "id" / "id"
@@ -127,7 +142,7 @@ def test_lab_installs_until_done_then_never_again_unless_requirements_change(tmp
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     assert 'install --quiet --disable-pip-version-check --editable ".[test]"' in planned(tmp_path, "lab")
     stamp.touch()
-    opens = ".venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"
+    opens = f'PATH="{tmp_path}/.venv/bin:$PATH" .venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb'
     for user, flags in [("0", "--allow-root --port 8899"), ("1000", "--port 8899")]:
         run_by(user, tmp_path, monkeypatch)
         assert planned(tmp_path, "lab", "ARGS=--port 8899").split() == [*opens.split(), *flags.split()]

@@ -122,7 +122,7 @@ def _widgets():
 
 
 def _writable(folder: Path):
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:

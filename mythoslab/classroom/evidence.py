@@ -523,7 +523,7 @@ def read_results(path: str | Path) -> dict[str, dict]:
     """Records by the key of their trial; a last line that was cut off is left out.
 
     Raises:
-        UserError: A line that is not the last is damaged, or the file cannot be read.
+        UserError: A line is damaged that is not the last or is none of ours, or the file cannot be read.
     """
     path, results = Path(path), {}
     try:
@@ -535,9 +535,16 @@ def read_results(path: str | Path) -> dict[str, dict]:
             record = json.loads(line)
             results[Trial(**record["trial"]).key] = record
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):
+            if number < len(lines) or not line.startswith('{"trial"'[: len(line)]):
                 raise UserError(f"line {number} of {shown(path)} is damaged: remove it, and its trial is run again") from None
     return results
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return bool(json.loads(line))
+    except ValueError:
+        return False
 
 
 def add_result(path: Path, record: dict) -> None:
@@ -548,8 +555,11 @@ def add_result(path: Path, record: dict) -> None:
         with path.open("a+b", buffering=0) as file:  # in one piece, so that another process never reads half a line
             file.seek(0)
             written = file.read()
-            if not written.endswith(b"\n"):  # a line that was cut off; else another process may just have added one
-                file.truncate(written.rfind(b"\n") + 1)
+            last = written[written.rfind(b"\n") + 1 :]
+            if last and _is_json(last):  # whole, and only its end of line is missing
+                line = b"\n" + line
+            elif last:  # cut off; where nothing is, another process may just have added a line
+                file.truncate(len(written) - len(last))
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:

@@ -48,7 +48,7 @@ class _SavedModules:
     def find_spec(name, path=None, target=None):
         package, _, topic = name.rpartition(".")
         saved = saved_module(topic)
-        if package == PACKAGE.name and saved.is_file() and reference_module(topic).is_file():
+        if package == PACKAGE.name and os.path.isfile(saved) and reference_module(topic).is_file():  # no, too, where it may not look
             return spec_from_file_location(name, saved, loader=_SavedLoader(name, str(saved)))
 
 
