@@ -123,6 +123,8 @@ class EmbeddedBlock(nn.Module):
 class AdaptedBlock(nn.Module):
     """A block with a :class:`DepthLoRA` for each of its linear layers, merged into their weights at every pass.
 
+    The merged weights stand in the block while it runs: a block may serve one thread at a time.
+
     Args:
         block: Any module with ``nn.Linear`` layers; it is used, not copied.
         rank, n_passes, beyond: As for :class:`DepthLoRA`.
@@ -141,7 +143,7 @@ class AdaptedBlock(nn.Module):
         self.block = block
         self.layers = tuple(linear)  # adapters[i] belongs to layers[i]
         self.adapters = nn.ModuleList(
-            DepthLoRA(layer.in_features, layer.out_features, rank, n_passes, beyond) for layer in linear.values()
+            DepthLoRA(layer.in_features, layer.out_features, rank, n_passes, beyond).to(layer.weight) for layer in linear.values()
         )
 
     def weights(self, pass_index: int) -> dict[str, Tensor]:
@@ -152,7 +154,7 @@ class AdaptedBlock(nn.Module):
         }
 
     def forward(self, x: Float[Tensor, "*batch dim"], pass_index: int) -> Float[Tensor, "*batch dim"]:
-        return torch.func.functional_call(self.block, self.weights(pass_index), (x,))
+        return torch.func.functional_call(self.block, self.weights(pass_index), (x,), tie_weights=False)
 
 
 class DepthLoop(Loop):
@@ -251,8 +253,8 @@ def loop_from_stack(blocks: list[nn.Module], rank: int) -> AdaptedBlock:
     require(len(blocks) >= 1, "the number of blocks", len(blocks), "at least 1")
     shapes = {tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters()) for block in blocks}
     require(len(shapes) == 1, "the number of different block shapes", len(shapes), "1: every block like the others")
-    heads = {block.attention.n_heads for block in blocks}
-    require(len(heads) == 1, "the numbers of heads", sorted(heads), "one and the same")
+    kinds = {(block.attention.n_heads, block.attention.causal, block.attention.rope_theta) for block in blocks}
+    require(len(kinds) == 1, "(n_heads, causal, rope_theta) of the blocks", kinds, "the same for all")
     folded = [fold_norms(block) for block in blocks]
     adapted = AdaptedBlock(copy.deepcopy(folded[0]), rank, len(blocks))
     with torch.no_grad():

@@ -208,7 +208,7 @@ def output_change(logits: Float[Tensor, "pass *token choice"]) -> Float[Tensor, 
     require(shape[0] > 0, "the shape of logits", shape, "(pass, …, choice), with at least one pass")
     now = _wide(logits).log_softmax(-1)
     before = now.roll(1, 0)
-    change = (before.exp() * (before - now)).sum(-1)  # (pass, *token)
+    change = (before.exp() * (before - now).masked_fill(before.isneginf(), 0.0)).sum(-1)  # (pass, *token); 0 · log 0 is 0
     return torch.where(_numbers(change) == 1, math.inf, change)
 
 # %% ../notebooks/04_halting.ipynb #rules

@@ -194,6 +194,7 @@ def learns_by_one_dnn(rows: Tensor, weight: Tensor) -> bool:
         and ONE_DNN is not None
         and (rows.is_cpu and weight.is_cpu)
         and rows.dtype == weight.dtype == torch.float32
+        and rows.shape[-1] == weight.shape[-1]  # or let PyTorch say what is wrong
         and torch.backends.mkldnn.enabled
         and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or isinstance(rows, FakeTensor))
     )
@@ -414,7 +415,7 @@ class MultiHeadLatentAttention(nn.Module):
         start, n_new = 0 if cache is None else cache.length, x.shape[1]
         places = getattr(cache, "places", None)  # of tokens that do not simply come next, (batch, position)
         stand = torch.arange(start, start + n_new, device=x.device) if places is None else places.flatten()
-        angles = torch.outer(stand, torch.tensor(self.frequency, device=x.device))
+        angles = torch.outer(stand, torch.tensor(self.frequency, dtype=torch.float32, device=x.device))
         squeezed = x if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
         query = (self.q_proj if self.q_lora_rank is None else self.q_b_proj)(squeezed)
         query = query.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (batch, head, position, nope + rope)

@@ -428,7 +428,7 @@ class AdaptedMythosBlock(AdaptedBlock):
     def forward(
         self, x: Float[Tensor, "batch position dim"], pass_index: int = 0, memory: "Shown | None" = None
     ) -> Float[Tensor, "batch position dim"]:
-        return torch.func.functional_call(self.block, self.weights(pass_index), (x, pass_index, memory))
+        return torch.func.functional_call(self.block, self.weights(pass_index), (x, pass_index, memory), tie_weights=False)
 
 # %% ../notebooks/08_model.ipynb #injection
 class AddInjection(nn.Module):

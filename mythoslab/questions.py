@@ -267,7 +267,8 @@ def _leaks(paragraphs: list[str], training_text: str) -> set[str]:
 def split(documents: Sequence[str] | str, held_out_share: float = 0.05) -> tuple[str, str]:
     """Split documents into training text and held-out text that have no passage in common.
 
-    A document is held out if the hash of its content, as a number from 0 to 1, is at most
+    Of several documents, paragraphs said before are dropped; a single text keeps its repeats, which fall
+    on one side. A document is held out if the hash of its content, as a number from 0 to 1, is at most
     ``held_out_share``, and the one with the lowest hash always. Then held-out paragraphs in which a
     passage of the training text begins are dropped: 64 characters, capitals and white space apart.
 
@@ -289,9 +290,11 @@ def split(documents: Sequence[str] | str, held_out_share: float = 0.05) -> tuple
     if isinstance(documents, str):
         joint, text, documents = "\n\n", documents, _paragraphs(documents)
         if len(documents) < 2:
-            joint, documents = "\n", text.splitlines()
-    documents = without_repeats(documents)
-    require(len(documents) > 1, "the number of different documents", len(documents), "at least 2")
+            joint, documents = "\n", [line for line in text.split("\n") if line.strip()]
+    else:
+        documents = without_repeats(documents)
+    n_different = len(set(documents))
+    require(n_different > 1, "the number of different documents", n_different, "at least 2")
     hashes = [int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256 for text in documents]
     limit = max(held_out_share, min(hashes))
     training = joint.join(text for text, hash in zip(documents, hashes) if hash > limit)

@@ -60,14 +60,14 @@ def rotary_angles(n_positions: int, head_dim: int, theta: float = 10000.0) -> Fl
     """
     if head_dim % 2:
         raise ValueError(f"rotary positions turn channels in pairs: head_dim must be even, got {head_dim}")
-    frequency = theta ** (-torch.arange(0, head_dim, 2) / head_dim)  # (half,)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (half,), whatever the default dtype
     return torch.outer(torch.arange(n_positions), frequency)
 
 
 def rotate(
     x: Float[Tensor, "*batch position head_dim"], angles: Float[Tensor, "position half"]
 ) -> Float[Tensor, "*batch position head_dim"]:
-    """Turn channel pairs (i, i + half) of queries or keys, so that their product depends on distance alone.
+    """Turn channel pairs (i, i + half) of queries or keys, so that position enters their product as the distance alone.
 
     Source: Su et al. 2021 (RoFormer), eq. 34, with the pairing of GPT-NeoX and Llama.
     """

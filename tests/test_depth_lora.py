@@ -255,7 +255,11 @@ BAD = [
     (lambda: AdaptedBlock(small_block(), 17, 1), "rank is 17; it must be from 1 to 16"),
     (lambda: loop_from_stack([], 1), "the number of blocks is 0; it must be at least 1"),
     (lambda: loop_from_stack([small_block(), Block(8, 2, 8)], 1), "the number of different block shapes is 2; it must be 1"),
-    (lambda: loop_from_stack([Block(8, 2, 16), Block(8, 4, 16)], 1), "the numbers of heads is \\[2, 4\\]; it must be one and the same"),
+    (lambda: loop_from_stack([Block(8, 2, 16), Block(8, 4, 16)], 1), "n_heads, causal, rope_theta\\) of the blocks is .*; it must be the same for all"),
+    (
+        lambda: loop_from_stack([Block(8, 2, 16, causal=False), Block(8, 2, 16)], 1),
+        "n_heads, causal, rope_theta\\) of the blocks is .*; it must be the same for all",
+    ),
 ]
 
 
@@ -494,7 +498,35 @@ def folding(readers, *, copied=True, to_one=True, power=1.0):
 READERS = {"attention.qkv": "attention_norm", "ffn.gate": "ffn_norm", "ffn.up": "ffn_norm"}
 CROSSED = {"attention.qkv": "ffn_norm", "ffn.gate": "attention_norm", "ffn.up": "attention_norm"}
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_adapters_have_the_dtype_of_their_block(dtype):
+    blocks = [Block(8, 2, 16).to(dtype) for _ in range(2)]
+    x = torch.randn(2, 5, 8, dtype=dtype)
+    loop = loop_from_stack(blocks, 8)
+    assert {weight.dtype for weight in loop.parameters()} == {dtype}
+    for index, block in enumerate(blocks):
+        assert torch.allclose(loop(x, index), block(x), rtol=0, atol=1e-10 if dtype == torch.float64 else 0.05)
+
+
+def test_a_weight_that_two_layers_share_is_adapted_for_each_by_itself():
+    block = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    block[1].weight = block[0].weight
+    adapted, x = AdaptedBlock(block, 2, 3), torch.randn(4, 6)
+    for adapter in adapted.adapters:
+        nn.init.normal_(adapter.lora_b)
+    by_hand = x
+    for adapter in adapted.adapters:
+        by_hand = by_hand @ adapter.merged(block[0].weight, 1).mT
+    assert torch.allclose(adapted(x, 1), by_hand, atol=1e-5)
+
+
+class WritesToItsInput(PassEmbedding):
+    def forward(self, x, pass_index):
+        return x.copy_(super().forward(x, pass_index))
+
+
 MISTAKES = [
+    ("PassEmbedding", WritesToItsInput, "x has changed"),
     ("PassEmbedding", StartsAtRandom, "zero at the start"),
     ("PassEmbedding", VectorAlone, "vector alone"),
     ("PassEmbedding", Multiplies, "multiply by the vector"),

@@ -486,7 +486,25 @@ def one_number(distribution, prior_rate):
     return ponder_kl(distribution, prior_rate).mean()
 
 
+def test_a_choice_that_is_ruled_out_changes_no_exit():
+    logits = torch.randn(1, 2, 5).expand(8, 2, 5).clone()
+    logits[..., 3] = -math.inf
+    assert converge(logits).exit_pass.tolist() == [2, 2]
+    assert output_change(logits)[1:].abs().max() == 0
+
+
+def writes_to_its_input(function):
+    def changed(halt_prob, *threshold):
+        result = function(halt_prob, *threshold)
+        halt_prob[-1] = 1
+        return result
+
+    return changed
+
+
 MISTAKES = [
+    ("halting_distribution", writes_to_its_input(halting_distribution), "halt_prob has changed"),
+    ("act_weights", writes_to_its_input(act_weights), "halt_prob has changed"),
     ("halting_distribution", forgets_the_rest, "last pass must take all that is left"),
     ("halting_distribution", counts_itself, "count the pass itself"),
     ("halting_distribution", unweighted, "return the halting probabilities"),

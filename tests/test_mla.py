@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mythoslab import mla
+from mythoslab.classroom.checks import check
 from mythoslab.mla import (
     GroupedQueryAttention,
     LatentCache,
@@ -428,7 +429,49 @@ def latents_out(query, kept, up, scale):
     return absorbed_attention(query, kept, torch.cat((up[:, :n_nope], torch.eye(up.shape[-1]).expand(len(up), -1, -1)), 1), scale)
 
 
+class IgnoresDtype(LatentCache):
+    def __init__(self, *sizes, dtype=None, **kind):
+        super().__init__(*sizes, **kind)
+
+
+class AxesSwapped(LatentCache):
+    def __init__(self, batch_size, max_positions, width, *, n_slots=1, **kind):
+        super().__init__(batch_size, max_positions, width, n_slots=n_slots, **kind)
+        self.memory = self.memory.transpose(0, 1).contiguous()
+
+
+class NoBytes(LatentCache):
+    bytes_per_token = None
+
+
+class NamedOtherwise(LatentCache):
+    def __init__(self, *sizes, **kind):
+        super().__init__(*sizes, **kind)
+        self.kept = self.__dict__.pop("memory")
+
+
+def by_a_square_mask(query, kept, up, scale):
+    """Absorbed attention as written in formulas; its mask is that of all positions."""
+    n_nope, rank = query.shape[-1] - (kept.shape[-1] - up.shape[-1]), up.shape[-1]
+    key_up, value_up = up[:, :n_nope], up[:, n_nope:]
+    carried = torch.einsum("bhqn,hnr->bhqr", query[..., :n_nope], key_up)
+    scores = torch.einsum("bhqr,bkr->bhqk", torch.cat((carried, query[..., n_nope:]), -1), kept) * scale
+    n_query, n_key = scores.shape[-2:]
+    seen = torch.ones(n_key, n_key, dtype=torch.bool).tril()[n_key - n_query :]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkr,hvr->bhqv", weights, kept[..., :rank], value_up)
+
+
+def test_check_accepts_absorbed_attention_with_a_mask_of_all_positions(capsys):
+    by_a_square_mask.__name__ = "absorbed_attention"
+    assert check(by_a_square_mask) is by_a_square_mask, capsys.readouterr().out
+
+
 MISTAKES = [
+    ("LatentCache", IgnoresDtype, "dtype that was asked for has no effect"),
+    ("LatentCache", AxesSwapped, "memory, (slot, batch, position, width)"),
+    ("LatentCache", NoBytes, "16 bytes per token"),
+    ("LatentCache", NamedOtherwise, "keep its numbers in self.memory"),
     ("GroupedQueryAttention", InTurn, "dealt out in turn"),
     ("GroupedQueryAttention", SeesAhead, "sees later ones"),
     ("GroupedQueryAttention", KeysStand, "keys are not rotated"),

@@ -1221,12 +1221,40 @@ class AnyNumber(WrongCore):
         return super().forward(inputs, max(n_passes, 1) if isinstance(n_passes, int) else n_passes, *rest, **options)
 
 
+class AlwaysEmbeds(WrongCore):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = Core(replace(config, pass_adapter="embedding")).embedding
+
+
+class NoAdapters(WrongCore):
+    def __init__(self, config):
+        super().__init__(replace(config, pass_adapter="none") if config.pass_adapter == "lora" else config)
+
+
+class NoSinglePass(WrongCore):
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+
+    def one_pass(self, state, *arguments, **options):
+        return torch.zeros_like(state)
+
+    def forward(self, *arguments, **options):
+        whole = WrongCore(self.config)
+        whole.load_state_dict(self.state_dict())
+        return whole(*arguments, **options)
+
+
 class AnyNumberOfEach(WrongCore):
     def forward(self, inputs, n_passes, *rest, **options):
         return super().forward(inputs, n_passes if isinstance(n_passes, int) else n_passes.clamp(min=1), *rest, **options)
 
 
 CORES = [
+    (AlwaysEmbeds, 'With pass_adapter="none" the core holds other weights'),
+    (NoAdapters, 'With pass_adapter="lora" the core holds other weights'),
+    (NoSinglePass, "one_pass should give the state after one more pass"),
     (core_with(norms=False), "not normed"),
     (core_with(injects=False), "left out of the passes"),
     (core_with(n_blocks=1), "Only the first block runs"),

@@ -297,6 +297,14 @@ def test_a_single_text_is_split_by_paragraph_or_line_and_keeps_its_form():
         assert sorted(training.split(joint) + held_out.split(joint)) == sorted(lines)
 
 
+@pytest.mark.parametrize("joint", ["\n\n", "\n"])
+def test_a_single_text_keeps_what_it_says_twice(joint):
+    text = joint.join(f"{word}{joint}    return 1" for word in "one two three four five six seven eight".split())
+    training, held_out = split(text)
+    assert sorted(training.split(joint) + held_out.split(joint)) == sorted(text.split(joint))
+    assert set(training.split(joint)).isdisjoint(held_out.split(joint))
+
+
 @pytest.mark.parametrize("text", ["", "  \n\n ", "one line only", "same\n\nsame\n\nsame"])
 def test_a_text_that_cannot_be_split_is_refused(text):
     with pytest.raises(ValueError, match="different documents"):
@@ -462,6 +470,9 @@ def learners(name, *changes):
 
 MISTAKES = {
     "climb": [
+        ("come to an end", ("for _ in range((n_nodes - 1).bit_length()):", "while True:")),
+        ("link by link", ("(n_nodes - 1).bit_length()", "n_nodes")),
+        ("begin with .long()", (".long()", "")),
         ("has changed", ("depth = (parent", "parent[:, -1] += 1\n    depth = (parent")),
         ("two tensors", ("return reached, depth", "return depth")),
         ("swapped", ("return reached, depth", "return depth, reached")),

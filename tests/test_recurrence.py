@@ -320,7 +320,47 @@ class PlainList(Loop):
         self.blocks = list(blocks)
 
 
+def test_positions_are_told_apart_whatever_the_default_dtype():
+    expected = rotary_angles(600, 8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(rotary_angles(600, 8), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class WritesToItsInput(RMSNorm):
+    def forward(self, x):
+        x /= (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        return x * self.weight
+
+
+def writes_back(x, angles):
+    x.copy_(rotate(x, angles))
+    return x
+
+
+class StoresItsMask(Attention):
+    def __init__(self, dim, n_heads, *, causal=True, rope_theta=10000.0):
+        super().__init__(dim, n_heads, causal=causal, rope_theta=rope_theta)
+        self.register_buffer("mask", torch.ones(4, 4))
+
+
+class HeadsFirst(Attention):
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (self.n_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        if self.rope_theta is not None:
+            angles = rotary_angles(x.shape[1], query.shape[-1], self.rope_theta)
+            query, key = rotate(query, angles), rotate(key, angles)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
 MISTAKES = [
+    ("RMSNorm", WritesToItsInput, "x has changed"),
+    ("rotate", writes_back, "x has changed"),
+    ("Attention", StoresItsMask, "persistent=False"),
+    ("Attention", HeadsFirst, "Heads come first"),
     ("RMSNorm", DividesByMeanSquare, "take its root"),
     ("RMSNorm", DividesByLength, "root of the mean"),
     ("RMSNorm", SubtractsTheMean, "does not subtract the mean"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mythoslab.classroom.checks import check
 from mythoslab.recurrence import Block
 from mythoslab.stability import LTIInjection, inject_beside_block, inject_then_block, spectral_radius
 from tests.mistakes import mistakes_are_named
@@ -307,6 +308,15 @@ MISTAKES = [
     ("inject_beside_block", without_the_injection, "injection is left out"),
     ("inject_beside_block", state_once_more, "once more"),
 ]
+
+def by_name(injection, block, state, inputs):
+    return block(injection(state=state, inputs=inputs))
+
+
+def test_check_accepts_arguments_by_name(capsys):
+    by_name.__name__ = "inject_then_block"
+    assert check(by_name) is by_name, capsys.readouterr().out
+
 
 test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
     MISTAKES, [spectral_radius, LTIInjection, inject_then_block, inject_beside_block]

@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference as _reference
 from ..saved import last_run
 
 __all__ = [
     "Mistake",
+    "Steps",
     "check",
     "checks",
     "expect",
@@ -41,6 +43,20 @@ __all__ = [
 
 class Mistake(Exception):
     """What is wrong with the learner's code: one sentence that names the cause and where to look."""
+
+
+class Steps(TorchDispatchMode):
+    """Count the operations of PyTorch in a ``with`` block; too many are a :class:`Mistake` with the sentence."""
+
+    def __init__(self, sentence: str, most: int = 100_000):
+        super().__init__()
+        self.sentence, self.most, self.count = sentence, most, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count > self.most:
+            raise Mistake(self.sentence)
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

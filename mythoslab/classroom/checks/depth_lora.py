@@ -24,6 +24,9 @@ def pass_embedding(PassEmbedding):
     vectors, x = torch.randn(3, 4), 1 + torch.rand(2, 5, 4)
     with torch.no_grad():
         theirs.vectors.copy_(vectors)
+    given = x.clone()
+    theirs(x, 0)
+    expect(torch.equal(x, given), "x has changed: make a new tensor, x + vector; x += vector writes to what was given.")
     for index in range(3):
         expect_close(
             theirs(x, index),

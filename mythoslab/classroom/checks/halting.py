@@ -7,6 +7,9 @@ import torch
 from . import checks, expect, expect_close, expect_raises, expect_shape, reference
 
 
+_CHANGED = "halt_prob has changed: work on a copy, for training goes back through the numbers that were given."
+
+
 def _refuses_bad_shares(function, name):
     expect_raises(ValueError, lambda: function(torch.zeros(0, 3)), f"{name} without a single pass should raise a ValueError.")
     for bad in (math.nan, -0.1, 1.1):
@@ -30,8 +33,11 @@ def halting_distribution(halting_distribution):
     reached = torch.cat((torch.ones(1, 3), still_going[:-1]))
     share = halt_prob * reached
     across = torch.cat((torch.ones(1, 3), (1 - halt_prob[:-1]).cumprod(1)))
+    given = halt_prob.clone()
+    got = halting_distribution(halt_prob)
+    expect(torch.equal(halt_prob, given), _CHANGED)
     expect_close(
-        halting_distribution(halt_prob),
+        got,
         torch.cat((share[:-1], reached[-1:])),
         "Multiply the halting probability of a pass by the probability to have reached it: ∏ (1 − halt_prob) of the passes before.",
         mistakes={
@@ -100,8 +106,11 @@ def act_weights(act_weights):
     number = torch.arange(1, 6).view(-1, 1)
     before, at = number < leaves, number == leaves
     paid = torch.where(before, halt_prob, 0)
+    given = halt_prob.clone()
+    got = act_weights(halt_prob, threshold)
+    expect(torch.equal(halt_prob, given), _CHANGED)
     expect_close(
-        act_weights(halt_prob, threshold),
+        got,
         expected,
         "Each pass counts what it asks for until the sum is at the threshold; that pass counts the remainder to one, and later ones nothing.",
         mistakes={

@@ -29,6 +29,15 @@ def _config(learners, **changes):
 
 @checks("Core")
 def core(Core):
+    for adapter in ("none", "lora"):
+        config = _config(Core, pass_adapter=adapter, lora_rank=2)
+        needed, held = (
+            {name: tuple(weight.shape) for name, weight in kind(config).state_dict().items()} for kind in (reference("model").Core, Core)
+        )
+        expect(
+            needed == held,
+            f'With pass_adapter="{adapter}" the core holds other weights than it should: embedding and adapters are there only if config asks.',
+        )
     config = _config(Core, n_core=2, injection="lti", pass_adapter="embedding")
     ours, theirs = reference("model").Core(config), Core(config)
     names = {name: tuple(weight.shape) for name, weight in ours.state_dict().items()}
@@ -50,6 +59,7 @@ def core(Core):
         "The states are off: norm the state, inject the inputs, then run all blocks, and again.",
         mistakes={sentence: _run_core(ours, inputs, **wrong) for sentence, wrong in _CORE_MISTAKES.items()},
     )
+    expect_close(theirs.one_pass(inputs, inputs, 0), states[0], "one_pass should give the state after one more pass: notebook 10 runs it alone.")
     each = torch.tensor([[1, 4, 2, 3, 4], [4, 1, 1, 2, 3]])
     expect_close(
         theirs(inputs, each),
@@ -317,6 +327,9 @@ _SWITCHED = (
 def sample(sample):
     logits = torch.tensor([1.0, -0.5, 2.0, 0.5, -3.0])
     given = logits.clone()
+
+    sample(logits, temperature=2.0, top_k=3)
+    expect(torch.equal(logits, given), "You change the logits that were handed in: make new ones, logits / temperature and masked_fill.")
 
     def shares(**options):
         draw = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import Mistake, checks, expect, expect_close, expect_raises, expect_shape, reference
+from . import Mistake, Steps, checks, expect, expect_close, expect_raises, expect_shape, reference
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -18,7 +18,8 @@ def climb(climb):
     star = torch.tensor([4, 4, 4, 4, 4, 5, 5, 5] + [0] * 6 + [8] * 6)
     parent = torch.stack([chains, star])
     before = parent.clone()
-    found = climb(parent)
+    with Steps("It does not come to an end: let every pointer move in every round, and stop after log2(n) rounds, rounded up."):
+        found = climb(parent)
     expect(
         torch.equal(parent, before),
         "The argument parent has changed: climb on a copy, without an operation in place.",
@@ -31,7 +32,13 @@ def climb(climb):
     true_root, true_depth = reference("questions").climb(parent)
     expect_shape(root, parent.shape, "The first result, root,")
     expect_shape(depth, parent.shape, "The second result, depth,")
+    for name, numbers in (("root", root), ("depth", depth)):
+        dtype = str(numbers.dtype)[6:]
+        expect(numbers.dtype == torch.int64, f"The {name} is a whole number, int64, and yours is {dtype}: sums of bool stay bool, so begin with .long().")
     if torch.equal(root, true_root) and torch.equal(depth, true_depth):
+        chain = torch.arange(4096).sub(1).clamp(min=0).unsqueeze(0)
+        with Steps("The numbers are right, and you climb link by link: let every node jump to where its pointer points, in log2(n) rounds.", 1000):
+            climb(chain)
         return
     chain, true_chain = depth[0].tolist(), true_depth[0].tolist()
     first_row = torch.equal(root[0], true_root[0]) and chain == true_chain
@@ -100,6 +107,7 @@ def two_chains(two_chains):
     expect(getattr(batch, "_fields", None) == fields, "Return a ForestBatch, as forest does.")
     for name, values in batch._asdict().items():
         expect_shape(values, (n_lists, 2 * length), f"The field {name}")
+        expect(values.dtype == torch.int64, f"The field {name} should be int64, and it is {str(values.dtype)[6:]}.")
     is_root = batch.node == batch.parent
     expect(
         (is_root.sum(1) == 2).all(),
@@ -173,7 +181,8 @@ def text_batches(text_batches):
     expect(isinstance(batches, Iterator), "Return an iterator of pairs: inputs and targets.")
     drawn = []
     for _ in range(40):
-        pair = next(batches, None)
+        with Steps("No batch ever comes: the loop goes round without enough windows."):
+            pair = next(batches, None)
         expect(pair is not None, "The batches end: after an epoch, lay the windows anew and go on forever.")
         drawn.append(pair)
     for inputs, targets in drawn:
@@ -205,6 +214,10 @@ def text_batches(text_batches):
     )
     starts = inputs[:, 0]
     expect(
+        bool(((starts[:12] - starts[0]) % 6 == 0).all()),
+        "The windows of an epoch are not context_length apart: lay them end to end, so that the last target of one is the first input of the next.",
+    )
+    expect(
         (starts[1:13] < starts[:12]).any(),
         "The windows come in the order of the text: shuffle them in each epoch.",
     )
@@ -218,7 +231,11 @@ def text_batches(text_batches):
         "The same seed gave other batches: draw everything from `generator`, nothing from the global one.",
     )
     try:
-        shortest = next(text_batches(torch.arange(7), **options, generator=seeded(0)), None)
+        with Steps(
+            "With a text of context_length + 1 tokens no batch ever comes, though it holds exactly one window: the last start is the "
+            "number of tokens minus context_length minus 1, and a batch that an epoch cannot fill goes on in the next."
+        ):
+            shortest = next(text_batches(torch.arange(7), **options, generator=seeded(0)), None)
     except (ValueError, RuntimeError):
         shortest = None
     expect(

@@ -15,6 +15,9 @@ def rms_norm(RMSNorm):
         "RMSNorm(8) should hold a parameter called weight, one number per channel.",
     )
     expect(bool((norm.weight == 1).all()), "The weights should start at one, so that a new norm only scales.")
+    given = x.clone()
+    norm(x)
+    expect(torch.equal(x, given), "x has changed: make a new tensor, x / …, and do not write to what was given.")
     mean_square = x.square().mean(-1, keepdim=True)
     centred = x - x.mean(-1, keepdim=True)
     expect_close(
@@ -72,6 +75,9 @@ def rotary_angles(rotary_angles):
 def rotate(rotate):
     angles = reference("recurrence").rotary_angles(6, 8)
     x = torch.randn(2, 6, 8)
+    given = x.clone()
+    rotate(x, angles)
+    expect(torch.equal(x, given), "x has changed: put both halves into a new tensor, torch.cat, and do not write to what was given.")
     first, second = x.chunk(2, -1)
     cos, sin = angles.cos(), angles.sin()
     even, odd = x[..., ::2], x[..., 1::2]
@@ -109,6 +115,11 @@ def attention(Attention):
             "Attention(16, 2) should hold two linear maps without bias: qkv from 16 to 48 channels, out from 16 to 16.",
         )
         ours = reference("recurrence").Attention(16, 2, causal=causal, rope_theta=theta)
+        more = sorted(theirs.state_dict().keys() - ours.state_dict().keys())
+        expect(
+            not more,
+            f"{', '.join(more)} would be stored with the weights, and models stored without cannot be loaded: register_buffer(…, persistent=False).",
+        )
         ours.load_state_dict(theirs.state_dict())
         got = theirs(x)
         expect_shape(got, (2, 6, 16), "The output")
@@ -138,7 +149,11 @@ def _attention_mistakes(ours, x):
         return ours.out(F.scaled_dot_product_attention(query, key, value, is_causal=causal, **scale).transpose(1, 2).flatten(2))
 
     per_head = F.scaled_dot_product_attention(query, key, value, is_causal=ours.causal)
+    by_head = ours.qkv.weight.view(2, 3, 8, 16).transpose(0, 1).reshape(48, 16)
     return {
+        "Heads come first in your qkv: stored models have all queries first, then keys, then values; split by 3, then by head.": (
+            torch.func.functional_call(ours, {"qkv.weight": by_head}, x)
+        ),
         "Scores are not divided by the root of head_dim.": finish(scale=1.0),
         "Scores are divided by the root of dim: each head has only head_dim channels.": finish(scale=16**-0.5),
         "With causal=False every token should see every other: yours hides later ones.": finish(causal=True),

@@ -96,7 +96,7 @@ def _linear_parts():
     """An injection and a block that tell every order of calls apart, and a state and inputs for them."""
     from_state, from_inputs, of_block = torch.randn(3, 4, 4)
     state, inputs = torch.randn(2, 2, 3, 4)
-    return (lambda s, x: s @ from_state + x @ from_inputs), (lambda x: x @ of_block), state, inputs
+    return (lambda state, inputs: state @ from_state + inputs @ from_inputs), (lambda x: x @ of_block), state, inputs
 
 
 @checks("inject_then_block")
