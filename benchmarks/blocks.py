@@ -128,9 +128,9 @@ def main() -> None:
 
         def by_mkl(step):
             def run():
-                one_dnn, mla.ONE_DNN = mla.ONE_DNN, None
+                by_one_dnn, mla.BY_ONE_DNN = mla.BY_ONE_DNN, False
                 step()
-                mla.ONE_DNN = one_dnn
+                mla.BY_ONE_DNN = by_one_dnn
 
             return run
 

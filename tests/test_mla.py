@@ -1,5 +1,8 @@
 """mythoslab.mla: shared key heads, the latent and its cache, two ways to attend, and the checks of the notebook."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,8 +79,7 @@ def test_runs_of_queries_are_attention_by_the_book(n_query, n_key, v_dim):
 
 @pytest.fixture(params=["one_dnn", "mkl"])
 def library(request, monkeypatch):
-    if request.param == "mkl":
-        monkeypatch.setattr(mla, "ONE_DNN", None)  # as in a build or on a CPU without
+    monkeypatch.setattr(mla, "BY_ONE_DNN", request.param == "one_dnn" and mla.ONE_DNN is not None)
     return request.param
 
 
@@ -114,7 +116,20 @@ def test_a_projection_is_a_linear_layer_to_whoever_asks():
         assert own(x).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("told, intel", [("vendor_id : AuthenticAMD", False), ("vendor_id : GenuineIntel", True)])
+def test_intels_own_processors_are_known(told, intel, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(told)
+    monkeypatch.setattr(mla, "Path", lambda _: tmp_path / "cpuinfo")
+    assert mla._made_by_intel() == intel
+    processor = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
+    monkeypatch.setattr(mla, "Path", lambda _: tmp_path / "missing")
+    monkeypatch.setattr(mla.platform, "processor", lambda: told.partition(" : ")[2])
+    assert mla._made_by_intel() == intel
+    assert mla.BY_ONE_DNN == (mla.ONE_DNN is not None and "GenuineIntel" not in processor)
+
+
 def test_only_training_in_plain_float32_goes_to_one_dnn(monkeypatch):
+    monkeypatch.setattr(mla, "BY_ONE_DNN", True)
     monkeypatch.setattr(mla, "ONE_DNN", lambda *arguments: pytest.fail("asked, not called"))
     x, weight = torch.randn(40, 6, requires_grad=True), torch.randn(4, 6)
     assert learns_by_one_dnn(x, weight) and not learns_by_one_dnn(x.detach(), weight)
@@ -126,7 +141,7 @@ def test_only_training_in_plain_float32_goes_to_one_dnn(monkeypatch):
         assert not learns_by_one_dnn(x, weight)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert not learns_by_one_dnn(torch.randn(40, 6, requires_grad=True), weight)
-    monkeypatch.setattr(mla, "ONE_DNN", None)
+    monkeypatch.setattr(mla, "BY_ONE_DNN", False)
     assert not learns_by_one_dnn(x, weight)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mythoslab.mla import learns_by_one_dnn
+from mythoslab.mla import ONE_DNN, learns_by_one_dnn
 from mythoslab.moe import (
     FEW_PAIRS,
     MixtureOfExperts,
@@ -108,8 +108,7 @@ def test_the_grouped_product_has_the_gradients_of_the_loop():
 @pytest.mark.parametrize("one_dnn", [True, False])
 @pytest.mark.parametrize("loads", [[200, 0, 5, 0], [0, 0, 0, 130], [130, 1, 0, 0], [31, 33, 32, 47], [40, 40, 40, 8]], ids=str)
 def test_grouped_products_are_products_of_each_group_in_training(loads, one_dnn, monkeypatch):
-    if not one_dnn:
-        monkeypatch.setattr("mythoslab.mla.ONE_DNN", None)
+    monkeypatch.setattr("mythoslab.mla.BY_ONE_DNN", one_dnn and ONE_DNN is not None)
     torch.manual_seed(0)
     rows, weights = torch.randn(sum(loads), 8, requires_grad=True), torch.randn(4, 12, 8, requires_grad=True)
     ends = torch.tensor(loads).cumsum(0).int()
