@@ -9,8 +9,8 @@ __all__ = ['NAMES', 'COLOURS', 'REST_AFTER', 'KEPT', 'PARTS', 'STEPS', 'FILES', 
            'schedule', 'optimisers', 'Curriculum', 'draw_questions', 'text_loss', 'question_loss', 'training_step',
            'StepMemory', 'kept_by_block', 'step_memory', 'Step', 'text_losses', 'make_step', 'checkpoints', 'can_begin',
            'save_checkpoint', 'load_checkpoint', 'restore', 'stopping_politely', 'remove_run', 'open_log', 'train',
-           'settled', 'halting_loss', 'train_halting', 'answers_right', 'can_save', 'save', 'load', 'choose_device',
-           'continuation', 'measure', 'write_results', 'told_results', 'train_preset']
+           'settled', 'halting_loss', 'train_halting', 'answers_right', 'passes_late', 'can_save', 'save', 'load',
+           'choose_device', 'continuation', 'measure', 'write_results', 'told_results', 'train_preset']
 
 # %% ../notebooks/09_training.ipynb #imports
 import builtins
@@ -1219,12 +1219,13 @@ def train_halting(
 # %% ../notebooks/09_training.ipynb #answers
 @torch.no_grad()
 def answers_right(
-    model: Mythos, questions: QuestionBatch, n_passes: int, *, rest_after: int | None = None, batch_size: int = 64
+    model: Mythos, questions: QuestionBatch, n_passes: int, *, rest_after: int | None = None, alone: bool = False, batch_size: int = 64
 ) -> tuple[Bool[Tensor, "pass asked"], Int64[Tensor, "asked"]]:
     """Which answers are right after each pass, and how hard each question is.
 
     Args:
         rest_after: Passes after which tokens that are not asked keep their state; by default they go on like the others.
+        alone: Whether the coda sees nothing but the asked token, and so cannot look anything up for it.
     """
     right, difficulty = [], []
     for start in range(0, len(questions.tokens), batch_size):
@@ -1232,13 +1233,34 @@ def answers_right(
         asked = some.difficulty >= 0
         answer = some.path.select(2, -1)[asked]
         states = model.think(some.tokens, n_passes if rest_after is None else some.passes_at_rest(n_passes, rest_after))
-        right.append(torch.stack([model.read(state, at=asked).argmax(-1) == answer for state in states]))
+        if alone:
+            read = [model.read(state[asked].unsqueeze(1)).squeeze(1) for state in states]  # a text of one token for each
+        else:
+            read = [model.read(state, at=asked) for state in states]
+        right.append(torch.stack([logits.argmax(-1) == answer for logits in read]))
         difficulty.append(some.difficulty[asked])
     return torch.cat(right, 1).cpu(), torch.cat(difficulty).cpu()
 
+
+@torch.no_grad()
+def passes_late(model: Mythos, questions: QuestionBatch, n_passes: int, *, threshold: float = 0.9) -> Int64[Tensor, "asked"]:
+    """Passes from the one after which a chain's answer is due, links and one, to the one at which the halting head stops it.
+
+    Tokens that are not asked rest meanwhile. Negative where it stops too early; one that never stops counts as stopped at the end.
+
+    Args:
+        threshold: Halting probability at which a token stops.
+    """
+    questions = questions.to(model.embedding.weight.device)
+    asked = questions.difficulty >= 0
+    states = model.think(questions.tokens, questions.passes_at_rest(n_passes))
+    stop = model.halting(states)[:, asked] >= threshold
+    stop[-1] = True
+    return (stop.int().argmax(0) - questions.difficulty[asked]).cpu()
+
 # %% ../notebooks/09_training.ipynb #save-load
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
-RECORDS = ("log.jsonl", "results.json", "tensorboard", "README.md")  # may lie beside them
+RECORDS = ("log.jsonl", "results.json", "tensorboard", "README.md", ".DS_Store", ".ipynb_checkpoints")  # may lie beside them
 
 
 def can_save(path: str | Path) -> None:
@@ -1411,7 +1433,8 @@ def measure(
         ``bits_per_byte`` of the held-out text, by passes and of the yardsticks; ``right``, in shares by passes, of chains by
         links, in random forests, on two balanced chains and on two ``longer`` ones, three times as long as any in training, of sums by
         columns that a carry crosses, and of facts. ``resting`` is ``longer`` again, while tokens that are not asked rest; both have
-        ``enough``, too: the passes that a question needs, one more than its links.
+        ``enough``, too: the passes that a question needs, one more than its links. ``alone`` has just that of ``resting``, with a coda
+        that sees nothing but the asked token. With a halting head, ``late``: shares of the same questions by :func:`passes_late`.
     """
     trained = model.config.n_passes
     counts = sorted({1, trained, 2 * trained, 4 * trained} if trained > 1 else {1})
@@ -1438,21 +1461,24 @@ def measure(
         "facts": [fact_questions(32, words, length=min(64, context), generator=draw)],
         "longer": balanced(64, longer),
     }
-    asked["resting"] = asked["longer"]
+    asked["resting"] = asked["alone"] = asked["longer"]
     results["right"] = {}
     for kind, batches in asked.items():
-        rest_after = REST_AFTER if kind == "resting" else None
-        answered = [answers_right(model, batch, counts[-1], rest_after=rest_after) for batch in batches]
+        how = dict(rest_after=REST_AFTER if kind in ("resting", "alone") else None, alone=kind == "alone")
+        answered = [answers_right(model, batch, counts[-1], **how) for batch in batches]
         right, difficulty = torch.cat([part[0] for part in answered], 1), torch.cat([part[1] for part in answered])
         levels = [hard for place, hard in enumerate(difficulty.unique().tolist()) if hard == place]  # random forests may lack one
-        results["right"][kind] = {
+        results["right"][kind] = {} if kind == "alone" else {
             str(count): [right[count - 1, difficulty == hard].float().mean().item() for hard in levels] for count in counts
         }
-        if kind in ("longer", "resting"):
+        if kind in ("longer", "resting", "alone"):
             needed = [min(links, len(right) - 1) for links in range(longer + 1)]
             results["right"][kind]["enough"] = [
                 right[last, difficulty == links].float().mean().item() for links, last in enumerate(needed)
             ]
+    if model.halting is not None:
+        late = torch.cat([passes_late(model, batch, counts[-1]) for batch in asked["longer"]])
+        results["late"] = {str(passes): (late == passes).float().mean().item() for passes in late.unique().tolist()}
     return results
 
 
@@ -1477,6 +1503,7 @@ def told_results(results: dict) -> str:
         "facts": "facts known by heart",
         "longer": "on two equal chains longer than in training, by links",
         "resting": f"the same, while tokens that are not asked rest after {REST_AFTER} passes",
+        "alone": "the same, and the coda sees the asked token alone",
     }
     for kind, by_passes in results.get("right", {}).items():
         lines += ["", f"right answers in %: {titles[kind]}"]
@@ -1485,6 +1512,9 @@ def told_results(results: dict) -> str:
         for count, shares in by_passes.items():
             label = f"{count} pass{'' if count == '1' else 'es'}" if count.isdigit() else "links + 1"
             lines.append(f"  {label:10}" + "".join(f"{100 * share:6.1f}" for share in shares))
+    if "late" in results:
+        shares = ", ".join(f"{int(passes):+d}: {100 * share:.1f}" for passes, share in results["late"].items())
+        lines += ["", f"stopped by the halting head, in % by passes after the answer is due: {shares}"]
     return "\n".join(lines)
 
 

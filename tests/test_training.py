@@ -53,6 +53,7 @@ from mythoslab.training import (
     make_step,
     optimisers,
     order_three_bits,
+    passes_late,
     question_loss,
     question_words,
     remove_run,
@@ -543,6 +544,48 @@ def test_answers_are_right_after_the_pass_that_reaches_them(words):
     assert torch.equal(told[0], torch.where(batch.difficulty >= 0, 6, 2))
     small, whole = answers_right(model, batch, 3, batch_size=3), answers_right(model, batch, 3)
     assert torch.equal(small[0], whole[0]) and torch.equal(small[1], whole[1])
+
+
+def test_read_alone_the_coda_sees_one_token_and_no_other(words):
+    batch, model = chain_questions(6, words, max_depth=2, n_asked=3, generator=seeded(0)), new_model(words)
+    asked = batch.difficulty >= 0
+    with torch.no_grad():
+        for weight in model.coda.parameters():
+            weight.mul_(8)  # so that what it sees decides
+    right, _ = answers_right(model, batch, 3, alone=True, batch_size=4)
+    with torch.no_grad():
+        states = model.think(batch.tokens, 3)
+        by_hand = [
+            [model.read(state[row, place][None, None]).argmax() == batch.path[row, place, -1] for row, place in asked.nonzero()]
+            for state in states
+        ]
+        whole = [model.read(state, at=asked) for state in states]
+        single = [model.read(state[asked].unsqueeze(1)).squeeze(1) for state in states]
+    assert torch.equal(right, torch.tensor(by_hand))
+    assert (torch.stack(whole) - torch.stack(single)).abs().max() > 1e-3  # the coda does look around
+    batch = batch._replace(path=batch.path.clone())
+    batch.path[asked] = single[1].argmax(-1).unsqueeze(1)  # and what it reads alone is what counts
+    assert answers_right(model, batch, 3, alone=True)[0][1].all() and not answers_right(model, batch, 3)[0][1].all()
+
+
+def test_how_late_the_head_stops_is_counted_from_links_and_one(words):
+    batch, model = chain_questions(4, words, max_depth=5, n_facts=None, n_asked=8, generator=seeded(0)), new_model(words, halting="settled")
+    told = []
+    think = model.think
+    model.think = lambda tokens, n_passes: told.append(n_passes) or think(tokens, n_passes)
+    links = batch.difficulty[batch.difficulty >= 0]
+
+    class Says(torch.nn.Module):
+        def forward(self, states):
+            """Stops every token two passes after its answer is due."""
+            due = torch.where(batch.difficulty >= 0, batch.difficulty + 1, 0)
+            return (torch.arange(1, len(states) + 1).view(-1, 1, 1) >= due + 2) * 0.9
+
+    model.halting = Says()
+    assert torch.equal(passes_late(model, batch, 8), torch.full_like(links, 2))
+    assert torch.equal(told[0], torch.where(batch.difficulty >= 0, 8, 2))
+    assert torch.equal(passes_late(model, batch, 8, threshold=0.91), 7 - links)  # never: stopped at the end
+    assert torch.equal(passes_late(model, batch, 8, threshold=0.0), -links)
 
 
 def sgd(model):
@@ -1647,8 +1690,11 @@ def test_train_says_all_it_promises_and_ask_goes_on_from_it(tmp_path, monkeypatc
         assert line[2:36].strip() == name and 0 < float(line[36:]) < 10
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert training.told_results(results) in printed and results["run"]["n_steps"] == 2 and results["run"]["seed"] == 3
-    assert set(results["right"]) == {"forests", "balanced", "sums", "facts", "longer", "resting"}
+    assert set(results["right"]) == {"forests", "balanced", "sums", "facts", "longer", "resting", "alone"}
+    assert set(results["right"]["alone"]) == {"enough"} and "late" not in results  # tiny has no halting head
     for kind, by_passes in results["right"].items():
+        if kind == "alone":
+            continue
         enough = {"enough"} if kind in ("longer", "resting") else set()
         assert set(by_passes) == {str(count * passes) if count else "1" for count in (0, 1, 2, 4)} | enough
         assert all(0 <= share <= 1 for shares in by_passes.values() for share in shares)
@@ -2139,7 +2185,38 @@ def only_looks_at_losses(model, losses, optimisers, *, clip=1.0):
     return by_hand_step(model, losses, optimisers, clip, looks_at_gradient=False)
 
 
+def mean_of_losses(model, losses, optimisers, *, clip=1.0):
+    scaled = [lambda compute=compute: compute() / len(losses) for compute in losses]
+    return [value * len(losses) for value in by_hand_step(model, scaled, optimisers, clip)]
+
+
+def all_at_once(model, losses, optimisers, *, clip=1.0):
+    values = []
+
+    def together():
+        values.extend(compute() for compute in losses)
+        return sum(values)
+
+    by_hand_step(model, [together], optimisers, clip)
+    return [value.item() for value in values]
+
+
+def cut_short(model, tokens, n_bytes, *, n_passes=None):
+    """The last window starts on the stride and ends with the text."""
+    context, nats, done = model.config.context_length, math.log(model.config.vocab_size), 1
+    for start in range(0, len(tokens) - 1, context // 2):
+        window = tokens[start : start + context + 1]
+        with torch.no_grad():
+            losses = F.cross_entropy(model(window[None, :-1], n_passes).logits[0], window[1:], reduction="none")
+        nats += losses[done - start - 1 :].sum().item()
+        done = start + len(window)
+    return nats / math.log(2) / n_bytes
+
+
 MISTAKES = [
+    ("held_out_bits", cut_short, "last window is cut short"),
+    ("training_step", mean_of_losses, "mean of the losses"),
+    ("training_step", all_at_once, "all losses are in memory at once"),
     ("held_out_bits", in_nats, "That is nats"),
     ("held_out_bits", per_token, "bits per token"),
     ("held_out_bits", without_the_first, "first token is missing"),

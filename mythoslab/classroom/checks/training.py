@@ -53,6 +53,9 @@ def held_out_bits(held_out_bits):
             "Tokens in the overlap of two windows count twice: count only those not yet predicted.": of(
                 first + _nats(model, tokens, stride=3, twice=True)
             ),
+            "Your last window is cut short: move it back, so that it is a whole context and ends with the last token.": of(
+                first + _nats(model, tokens, stride=3, cut=True)
+            ),
             "The end of the text is missing: the last window ends with the last token.": of(
                 first + _nats(model, tokens[:28], stride=3)
             ),
@@ -71,10 +74,10 @@ def held_out_bits(held_out_bits):
 
 
 @torch.no_grad()
-def _nats(model, tokens, *, stride, twice=False, n_passes=4):
+def _nats(model, tokens, *, stride, twice=False, cut=False, n_passes=4):
     context, last = 6, max(0, len(tokens) - 7)
     total, done = 0.0, 1
-    for start in [*range(0, last, stride), last]:
+    for start in range(0, len(tokens) - 1, stride) if cut else [*range(0, last, stride), last]:
         window = tokens[start : start + context + 1]
         losses = F.cross_entropy(model(window[None, :-1], n_passes).logits[0], window[1:], reduction="none")
         total += losses[0 if twice else done - start - 1 :].sum().item()
@@ -184,6 +187,28 @@ def training_step(training_step):
         torch.tensor(values),
         torch.tensor(expected_values),
         "Return the losses of this step, as they were before the update.",
+    )
+    unclipped = after(reference("training").training_step, clip=1e6)[0]
+    expect_close(
+        after(training_step, clip=1e6)[0],
+        unclipped,
+        "The step is off where the gradient is not clipped: it goes along the sum of the losses' gradients.",
+        mistakes={"You take the mean of the losses: their gradients add up.": (at_start + unclipped) / 2},
+        atol=1e-6,
+    )
+    graded, gradients = copy.deepcopy(start), []
+
+    def noting(compute):
+        def loss():
+            gradients.append([None if weight.grad is None else weight.grad.clone() for weight in graded.parameters()])
+            return compute()
+
+        return loss
+
+    training_step(graded, [noting(compute) for compute in losses(graded)], _optimisers(graded))
+    expect(
+        any(new is not None and bool(new.any()) and (old is None or not torch.equal(old, new)) for old, new in zip(*gradients)),
+        "The numbers are right, and all losses are in memory at once: go backward after each, before you compute the next.",
     )
     broken = copy.deepcopy(start)
     with torch.no_grad():
