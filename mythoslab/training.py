@@ -1234,10 +1234,10 @@ def answers_right(
         answer = some.path.select(2, -1)[asked]
         states = model.think(some.tokens, n_passes if rest_after is None else some.passes_at_rest(n_passes, rest_after))
         if alone:
-            read = [model.read(state[asked].unsqueeze(1)).squeeze(1) for state in states]  # a text of one token for each
+            read = lambda state: model.read(state[asked].unsqueeze(1)).squeeze(1)  # a text of one token for each
         else:
-            read = [model.read(state, at=asked) for state in states]
-        right.append(torch.stack([logits.argmax(-1) == answer for logits in read]))
+            read = partial(model.read, at=asked)
+        right.append(torch.stack([read(state).argmax(-1) == answer for state in states]))
         difficulty.append(some.difficulty[asked])
     return torch.cat(right, 1).cpu(), torch.cat(difficulty).cpu()
 
