@@ -60,7 +60,7 @@ def rotary_angles(n_positions: int, head_dim: int, theta: float = 10000.0) -> Fl
     """
     if head_dim % 2:
         raise ValueError(f"rotary positions turn channels in pairs: head_dim must be even, got {head_dim}")
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (half,), whatever the default dtype
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (half,)
     return torch.outer(torch.arange(n_positions), frequency)
 
 

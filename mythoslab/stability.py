@@ -106,8 +106,8 @@ def inject_beside_block(
 ) -> Float[Tensor, "*batch dim"]:
     """One pass with the block beside the injection: ``injection(state, inputs) + block(state + inputs)``.
 
-    A block that adds to what it reads (a residual one) adds its own one to the decay: give it a normed state.
+    A block that adds to what it reads (a residual one) adds its own one to the decay: let it norm what it reads.
 
-    Source: OpenMythos (Gomez 2026), ``A · h + B · e + transformer(h, e)``.
+    Source: OpenMythos (Gomez 2026), ``A · h + B · e + transformer(norm(h + e))``; the norm is the block's.
     """
     return injection(state, inputs) + block(state + inputs)
