@@ -62,7 +62,7 @@ class MythosConfig:
         context_length: Most tokens the model reads at once.
         rope_theta: Base of the rotary positions.
         core_positions: What the core has of rotary positions: ``"all"``, ``"half"`` of its heads, or ``"none"``. Heads
-            without see order only as the prelude wrote it down. Latent attention has a part without positions in every
+            without know order only from the mask and the prelude. Latent attention has a part without positions in every
             head, so ``"half"`` is ``"all"`` there.
         token_shift: Mix into each token the one before it, ahead of the prelude.
         tie_embeddings: Read and write tokens with the same matrix.
