@@ -95,7 +95,7 @@ def exit_pass(halt_prob: Float[Tensor, "pass *token"], threshold: float = 0.99) 
     Raises:
         ValueError: There is no pass, a probability is nan or outside 0 … 1, or the threshold is out of range.
 
-    Source: OpenMythos (Gomez 2026); the accumulator is the cumulative halting distribution of PonderNet.
+    Source: the cumulative halting distribution of PonderNet (Banino et al. 2021), at a quantile.
     """
     _require_shares(halt_prob, "halt_prob")
     _require_threshold(threshold)
@@ -232,7 +232,7 @@ def act(halt_prob: Float[Tensor, "pass *token"], threshold: float = 0.99) -> Hal
 
 
 def accumulate(halt_prob: Float[Tensor, "pass *token"], threshold: float = 0.99) -> Halt:
-    """The sigmoid accumulator: exit when nearly all of the halting distribution has passed (OpenMythos)."""
+    """The sigmoid accumulator: exit when nearly all of the halting distribution has passed."""
     leaves = exit_pass(halt_prob, threshold)
     return Halt(_pay_the_rest(_wide(halting_distribution(halt_prob)), leaves, halt_prob.dtype), leaves)
 
