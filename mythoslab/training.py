@@ -512,7 +512,7 @@ def schedule(step: int, config: TrainConfig) -> float:
 def optimisers(model: Mythos, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for every weight with two dimensions but those of tokens; AdamW for these and all else, stacked experts and low-rank adapters too.
 
-    Muon makes every step as long in each direction of a matrix as in any other. Its rate is scaled so that a
+    Muon makes a step about as long in each direction of a matrix as in any other. Its rate is scaled so that a
     step is as long as one of AdamW, and one rate serves both.
 
     Source: Jordan et al. 2024 (Muon); scaled as in Liu et al. 2025, section 2.2.
@@ -1465,7 +1465,8 @@ def measure(
     results["right"] = {}
     for kind, batches in asked.items():
         how = dict(rest_after=REST_AFTER if kind in ("resting", "alone") else None, alone=kind == "alone")
-        answered = [answers_right(model, batch, counts[-1], **how) for batch in batches]
+        n_passes = min(longer + 1, counts[-1]) if kind == "alone" else counts[-1]
+        answered = [answers_right(model, batch, n_passes, **how) for batch in batches]
         right, difficulty = torch.cat([part[0] for part in answered], 1), torch.cat([part[1] for part in answered])
         levels = [hard for place, hard in enumerate(difficulty.unique().tolist()) if hard == place]  # random forests may lack one
         results["right"][kind] = {} if kind == "alone" else {
