@@ -1495,7 +1495,7 @@ def told_results(results: dict) -> str:
     lines = ["", "bits per byte of the held-out text"]
     for name, bits in results["bits_per_byte"].items():
         label = f"{name} pass{'' if name == '1' else 'es'}" if name.isdigit() else name
-        label += ", as in training" if name == str(results["trained_passes"]) else ""
+        label += ", as configured" if name == str(results["trained_passes"]) else ""
         lines.append(f"  {label:34}{bits:8.3f}")
     titles = {
         "forests": "questions by links to the answer",

@@ -1685,7 +1685,7 @@ def test_train_says_all_it_promises_and_ask_goes_on_from_it(tmp_path, monkeypatc
     printed = capsys.readouterr().out
     lines, passes = printed.splitlines(), load(out)[0].config.n_passes
     bits = lines[lines.index("bits per byte of the held-out text") + 1 :]
-    counts = ("1 pass", f"{passes} passes, as in training", f"{2 * passes} passes", f"{4 * passes} passes")
+    counts = ("1 pass", f"{passes} passes, as configured", f"{2 * passes} passes", f"{4 * passes} passes")
     for line, name in zip(bits, (*counts, "order-3 bytes", "lzma")):
         assert line[2:36].strip() == name and 0 < float(line[36:]) < 10
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
