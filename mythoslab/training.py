@@ -1461,22 +1461,27 @@ def measure(
         "facts": [fact_questions(32, words, length=min(64, context), generator=draw)],
         "longer": balanced(64, longer),
     }
-    asked["resting"] = asked["alone"] = asked["longer"]
+    asked["resting"] = asked["longer"]
+
+    def answered(batches, n_passes, **how):
+        right, difficulty = zip(*(answers_right(model, batch, n_passes, **how) for batch in batches))
+        return torch.cat(right, 1), torch.cat(difficulty)
+
+    def enough(right, difficulty):
+        needed = [min(links, len(right) - 1) for links in range(longer + 1)]
+        return [right[last, difficulty == links].float().mean().item() for links, last in enumerate(needed)]
+
     results["right"] = {}
     for kind, batches in asked.items():
-        how = dict(rest_after=REST_AFTER if kind in ("resting", "alone") else None, alone=kind == "alone")
-        n_passes = min(longer + 1, counts[-1]) if kind == "alone" else counts[-1]
-        answered = [answers_right(model, batch, n_passes, **how) for batch in batches]
-        right, difficulty = torch.cat([part[0] for part in answered], 1), torch.cat([part[1] for part in answered])
+        right, difficulty = answered(batches, counts[-1], rest_after=REST_AFTER if kind == "resting" else None)
         levels = [hard for place, hard in enumerate(difficulty.unique().tolist()) if hard == place]  # random forests may lack one
-        results["right"][kind] = {} if kind == "alone" else {
+        results["right"][kind] = {
             str(count): [right[count - 1, difficulty == hard].float().mean().item() for hard in levels] for count in counts
         }
-        if kind in ("longer", "resting", "alone"):
-            needed = [min(links, len(right) - 1) for links in range(longer + 1)]
-            results["right"][kind]["enough"] = [
-                right[last, difficulty == links].float().mean().item() for links, last in enumerate(needed)
-            ]
+        if kind in ("longer", "resting"):
+            results["right"][kind]["enough"] = enough(right, difficulty)
+    seen = answered(asked["longer"], min(longer + 1, counts[-1]), rest_after=REST_AFTER, alone=True)
+    results["right"]["alone"] = {"enough": enough(*seen)}
     if model.halting is not None:
         late = torch.cat([passes_late(model, batch, counts[-1]) for batch in asked["longer"]])
         results["late"] = {str(passes): (late == passes).float().mean().item() for passes in late.unique().tolist()}
