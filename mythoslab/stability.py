@@ -108,6 +108,6 @@ def inject_beside_block(
 
     A block that adds to what it reads (a residual one) adds its own one to the decay: let it norm what it reads.
 
-    Source: OpenMythos (Gomez 2026), ``A · h + B · e + transformer(norm(h + e))``; the norm is the block's.
+    Source: OpenMythos (Gomez 2026), ``A · h + B · e + transformer(norm(h + e))``, here without its norm of the sum.
     """
     return injection(state, inputs) + block(state + inputs)

@@ -1219,14 +1219,24 @@ def train_halting(
 # %% ../notebooks/09_training.ipynb #answers
 @torch.no_grad()
 def answers_right(
-    model: Mythos, questions: QuestionBatch, n_passes: int, *, rest_after: int | None = None, alone: bool = False, batch_size: int = 64
-) -> tuple[Bool[Tensor, "pass asked"], Int64[Tensor, "asked"]]:
-    """Which answers are right after each pass, and how hard each question is.
+    model: Mythos,
+    questions: QuestionBatch,
+    n_passes: int,
+    *,
+    after: Sequence[int] | None = None,
+    rest_after: int | None = None,
+    alone: bool = False,
+    batch_size: int = 64,
+) -> tuple[Bool[Tensor, "read asked"], Int64[Tensor, "asked"]]:
+    """Which answers are right after some of the passes, and how hard each question is.
 
     Args:
+        n_passes: Passes to run.
+        after: Passes after which answers are read, 1 … ``n_passes``; after each by default.
         rest_after: Passes after which tokens that are not asked keep their state; by default they go on like the others.
         alone: Whether the coda sees nothing but the asked token, and so cannot look anything up for it.
     """
+    after = range(1, n_passes + 1) if after is None else after
     right, difficulty = [], []
     for start in range(0, len(questions.tokens), batch_size):
         some = QuestionBatch(*(part[start : start + batch_size] for part in questions)).to(model.embedding.weight.device)
@@ -1237,7 +1247,7 @@ def answers_right(
             read = lambda state: model.read(state[asked].unsqueeze(1)).squeeze(1)  # a text of one token for each
         else:
             read = partial(model.read, at=asked)
-        right.append(torch.stack([read(state).argmax(-1) == answer for state in states]))
+        right.append(torch.stack([read(states[count - 1]).argmax(-1) == answer for count in after]))
         difficulty.append(some.difficulty[asked])
     return torch.cat(right, 1).cpu(), torch.cat(difficulty).cpu()
 
@@ -1412,7 +1422,10 @@ def continuation(
 
 # %% ../notebooks/09_training.ipynb #train-preset
 TRAINING = {
-    "tiny": TrainConfig(n_steps=800, batch_size=6, question_batch=32, n_facts=(4, 10), n_asked=8, max_depth=3, learning_rate=0.006, decay=0.4),
+    "tiny": TrainConfig(
+        n_steps=420, batch_size=6, question_batch=24, n_facts=(4, 10), n_passes=(2, 3), max_depth=3, learning_rate=0.006,
+        chains_first=0.35, resting=0.3,
+    ),
     "course": TrainConfig(n_steps=6000, batch_size=4, question_batch=24, n_facts=(6, 24), n_passes=(2, 3, 4, 5, 6), chains_first=0.25, resting=0.3, halting_steps=900),
 }
 _text_alone = TrainConfig(n_steps=6000, batch_size=4)
@@ -1459,31 +1472,30 @@ def measure(
             sum_questions(64, words, n_digits=3, length=min(56, context), chain=chain or None, generator=draw) for chain in range(4)
         ],
         "facts": [fact_questions(32, words, length=min(64, context), generator=draw)],
-        "longer": balanced(64, longer),
     }
-    asked["resting"] = asked["longer"]
+    chains = balanced(64, longer)
+    due = [min(links + 1, counts[-1]) for links in range(longer + 1)]  # passes that each of them needs
 
-    def answered(batches, n_passes, **how):
-        right, difficulty = zip(*(answers_right(model, batch, n_passes, **how) for batch in batches))
-        return torch.cat(right, 1), torch.cat(difficulty)
-
-    def enough(right, difficulty):
-        needed = [min(links, len(right) - 1) for links in range(longer + 1)]
-        return [right[last, difficulty == links].float().mean().item() for links, last in enumerate(needed)]
-
-    results["right"] = {}
+    results["right"] = shares = {}
     for kind, batches in asked.items():
-        right, difficulty = answered(batches, counts[-1], rest_after=REST_AFTER if kind == "resting" else None)
+        right, difficulty = zip(*(answers_right(model, batch, counts[-1], after=counts) for batch in batches))
+        right, difficulty = torch.cat(right, 1), torch.cat(difficulty)
         levels = [hard for place, hard in enumerate(difficulty.unique().tolist()) if hard == place]  # random forests may lack one
-        results["right"][kind] = {
-            str(count): [right[count - 1, difficulty == hard].float().mean().item() for hard in levels] for count in counts
-        }
-        if kind in ("longer", "resting"):
-            results["right"][kind]["enough"] = enough(right, difficulty)
-    seen = answered(asked["longer"], min(longer + 1, counts[-1]), rest_after=REST_AFTER, alone=True)
-    results["right"]["alone"] = {"enough": enough(*seen)}
+        shares[kind] = {str(count): [known[difficulty == hard].float().mean().item() for hard in levels] for count, known in zip(counts, right)}
+    for kind, rest_after in (("longer", None), ("resting", REST_AFTER)):
+        by_links = []
+        for batch, passes in zip(chains, due):
+            after = sorted({passes, *counts})
+            right, _ = answers_right(model, batch, counts[-1], after=after, rest_after=rest_after)
+            by_links.append(dict(zip(after, right.float().mean(1).tolist())))
+        shares[kind] = {str(count): [of[count] for of in by_links] for count in counts}
+        shares[kind]["enough"] = [of[passes] for of, passes in zip(by_links, due)]
+    alone = [
+        answers_right(model, batch, passes, after=[passes], rest_after=REST_AFTER, alone=True)[0] for batch, passes in zip(chains, due)
+    ]
+    shares["alone"] = {"enough": [right.float().mean().item() for right in alone]}
     if model.halting is not None:
-        late = torch.cat([passes_late(model, batch, counts[-1]) for batch in asked["longer"]])
+        late = torch.cat([passes_late(model, batch, counts[-1]) for batch in chains])
         results["late"] = {str(passes): (late == passes).float().mean().item() for passes in late.unique().tolist()}
     return results
 

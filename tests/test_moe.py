@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mythoslab.mla import ONE_DNN, learns_by_one_dnn
 from mythoslab.moe import (
-    FEW_PAIRS,
     MixtureOfExperts,
     Routing,
     balance_bias,
+    few_pairs,
     gather_experts,
     grouped_product,
     loop_over_experts,
@@ -130,12 +130,13 @@ def test_a_token_does_not_depend_on_the_rest_of_the_batch(seed):
     assert torch.allclose(part(x[:, 3:4]), together[:, 3:4], atol=1e-5)
 
 
-def test_both_ways_are_taken_by_the_rule_and_agree(monkeypatch):
+@pytest.mark.parametrize("n_experts, most", [(8, 2), (64, 4)])  # tokens, with two experts each
+def test_both_ways_are_taken_by_the_rule_and_agree(monkeypatch, n_experts, most):
     taken = []
     for way in (sort_and_group, gather_experts):
         monkeypatch.setattr(f"mythoslab.moe.{way.__name__}", lambda *inputs, way=way: taken.append(way) or way(*inputs))
-    part = experts().eval()
-    most = FEW_PAIRS // 2
+    part = experts(n_routed_experts=n_experts, n_experts_per_token=2).eval()
+    assert few_pairs(n_experts) == 2 * most
     x = torch.randn(1, most + 1, 8)
     longer, shorter = part(x), part(x[:, :most])
     assert taken == [sort_and_group, gather_experts]

@@ -47,3 +47,17 @@ def test_figure_is_the_one_a_notebook_drew():
     assert shown
     for name in shown:
         assert (ROOT / name).read_bytes() == drawn[Path(name).stem]
+
+
+def test_verdicts_are_those_of_the_notebook():
+    """Claim by claim, in the notebook's order: its verdict, or how many of its tests say yes."""
+    book = nbformat.read(ROOT / "notebooks" / "12_evidence.ipynb", as_version=4)
+    (cell,) = (cell for cell in book.cells if cell.id == "verdict-table")
+    told = cell.outputs[0]["data"]["text/markdown"].splitlines()[2:]
+    found = []
+    for claim, questions, tests, text, _ in ([part.strip(" *") for part in row.strip("|").split("|")] for row in told):
+        yes, no = (len(re.findall(rf": {answer}\b", tests)) for answer in ("yes", "no"))
+        found.append((f"{yes} of {yes + no}" if questions == "holds in part" else questions, text))
+    rows = README.split("| claim | on questions | on text |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    written = [tuple(part.strip() for part in row.strip("|").split("|")[1:]) for row in rows]
+    assert [(questions.replace(" tests", ""), text) for questions, text in written] == found

@@ -538,6 +538,8 @@ def test_answers_are_right_after_the_pass_that_reaches_them(words):
     assert right.shape == (6, 80) and torch.equal(difficulty, batch.difficulty[batch.difficulty >= 0])
     for index in range(6):
         assert torch.equal(right[index], difficulty <= index)
+    some, _ = reference("training").answers_right(says, batch, 6, after=[2, 6])
+    assert torch.equal(some, right[[1, 5]])
     told = []
     says.think = lambda tokens, n_passes: told.append(n_passes) or says.states
     reference("training").answers_right(says, batch, 6, rest_after=2)
