@@ -6,12 +6,13 @@
 __all__ = ['CHOICES', 'PRESETS', 'is_whole', 'MythosConfig', 'linear_layers', 'Shown', 'ThoughtCache', 'KeyValueAttention',
            'make_attention', 'kept_width', 'MythosBlock', 'AdaptedMythosBlock', 'AddInjection', 'LinearInjection',
            'NoInjection', 'make_injection', 'Core', 'StopHead', 'TokenShift', 'initialise', 'Thought', 'Mythos',
-           'count_parameters', 'flops_per_token', 'cache_bytes_per_token', 'preset', 'sample', 'generate']
+           'count_parameters', 'flops_per_token', 'cache_bytes_per_token', 'preset', 'sample', 'in_use', 'generate']
 
 # %% ../notebooks/08_model.ipynb #imports
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -963,6 +964,19 @@ def sample(
     return int(torch.multinomial(chances, 1, generator=generator))
 
 # %% ../notebooks/08_model.ipynb #generate
+@contextmanager
+def in_use(model: nn.Module) -> Iterator[None]:
+    """Let a model read as it does in use, also in the midst of training: experts count no load. Every part is put back as it was."""
+    in_training = [part for part in model.modules() if part.training]
+    try:
+        for part in in_training:
+            part.training = False
+        yield
+    finally:
+        for part in in_training:
+            part.training = True
+
+
 def generate(
     model: Mythos,
     tokens: Int64[Tensor, "position"],
@@ -1009,13 +1023,8 @@ def generate(
         for _ in range(n_new):
             full = len(text) > context
             window = torch.tensor([text[-context:] if full else new], device=model.embedding.weight.device)
-            in_training = [(part, part.training) for part in model.modules()]
-            try:
-                with torch.inference_mode():
-                    logits = model.eval()(window, passes, cache=None if full else cache).logits[0, -1].float().cpu()
-            finally:
-                for part, was in in_training:
-                    part.training = was
+            with torch.inference_mode(), in_use(model):
+                logits = model(window, passes, cache=None if full else cache).logits[0, -1].float().cpu()
             new = [sample(logits, temperature=temperature, top_k=top_k, generator=generator)]
             text += new
             yield text[-1]

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .mla import LatentCache
-from .model import Mythos, Shown, Thought, is_whole, sample
+from .model import Mythos, Shown, Thought, in_use, is_whole, sample
 from .questions import Tokenizer, require
 
 # %% ../notebooks/10_thinking.ipynb #rules
@@ -74,6 +74,8 @@ class Gathered(Shown):
 
     Args:
         cache: Memory of the block, for all sequences.
+
+    Source: a token without an entry at a pass shows its latest, Geiping et al. 2025 (Huginn), as in their code.
     """
 
     def __init__(self, cache: LatentCache):
@@ -100,7 +102,7 @@ class Gathered(Shown):
         return shown.to(new.dtype)
 
 # %% ../notebooks/10_thinking.ipynb #reader
-#: Share of the tokens that must think for a pass of all to be measured cheaper than one of those picked out.
+#: Share of the tokens that must think for a pass of all to be cheaper than one of those picked out; chosen by hand on a CPU.
 MANY = 0.75
 
 
@@ -115,11 +117,12 @@ class Reader:
         batch_size: Sequences.
         max_passes: Most passes of a token.
         rule, threshold: When a token stops, as for :class:`Stopper`; by default by the model's own rule.
-        goes_on: Keep what is shown at every pass, to read more later; else one slot does for all passes, and it reads once.
+        goes_on: Keep what is shown at every pass, to read more later, in as many slots as the deepest token needs; else one slot does
+            for all passes, and it reads once.
         max_positions: Tokens of a sequence, a full context by default.
     """
 
-    #: Tokens of filling up that a cut of the batch must save, as measured on a CPU.
+    #: Tokens of filling up that a cut of the batch must save; chosen by hand on a CPU.
     worth = 512
 
     def __init__(
@@ -139,6 +142,15 @@ class Reader:
         self.model, self.max_passes, self.rule, self.threshold, self.goes_on = model, max_passes, rule, threshold, goes_on
         self.cache = model.new_cache(batch_size, max_positions, n_slots=max_passes if goes_on else 1)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=model.embedding.weight.device)
+        self.n_open = 1  # slots in use: as many as the deepest token so far has had passes
+
+    def _open_slot(self, pass_index: int) -> None:
+        """Give a pass that no token has come to so far its slot, in which all show what they showed last."""
+        if self.goes_on and pass_index == self.n_open:
+            seen = int(self.lengths.max())
+            for cache in self.cache.core:
+                cache.memory[pass_index, :, :seen] = cache.memory[pass_index - 1, :, :seen]
+            self.n_open += 1
 
     def _memories(self, caches: Sequence[LatentCache], rows: Tensor, places: Tensor, together: bool) -> list[Shown]:
         if together:
@@ -148,7 +160,6 @@ class Reader:
             memory.rows, memory.places, memory.n_seen = rows, places, int(places.max()) + 1
         return memories
 
-    @torch.inference_mode()
     def read(
         self,
         tokens: Int64[Tensor, "batch position"],
@@ -166,6 +177,10 @@ class Reader:
             ValueError: They do not fit into the context or ``max_positions``, a sequence has none or fewer than ``counts`` says, or
                 it has read and does not go on.
         """
+        with torch.inference_mode(), in_use(self.model):
+            return self._read(tokens, counts, at)
+
+    def _read(self, tokens: Tensor, counts: Tensor | None, at: Tensor | None) -> Thought:
         model, device = self.model, self.lengths.device
         tokens = tokens.to(device)
         batch_size, n_new = tokens.shape
@@ -193,6 +208,7 @@ class Reader:
         thinking, stopper = real.clone(), Stopper(model, self.rule, self.threshold, tokens.shape)
         shown, memories = (self._memories(self.cache.core, rows, places, whole) for whole in (True, False))
         for pass_index in range(self.max_passes):
+            self._open_slot(pass_index)
             if together and int(thinking.sum()) >= MANY * thinking.numel():
                 self._whole_pass(state, inputs, thinking, pass_index, shown, passes, stopper)
             else:
@@ -201,7 +217,7 @@ class Reader:
                 self._pass(state, inputs, thinking, places, pass_index, memories, passes, stopper)
             if not thinking.any():
                 break
-        for later in range(pass_index + 1, len(self.cache.core[0].memory)):
+        for later in range(pass_index + 1, self.n_open):
             for memory in memories:
                 memory.carry(later, rows.unsqueeze(1), places)
 
@@ -317,11 +333,12 @@ def plain_loop(
     Args:
         at: Where logits are wanted; everywhere by default.
     """
-    inputs = model.inputs(tokens)
-    state = inputs
-    for pass_index in range(n_passes):
-        state = model.core.one_pass(state, inputs, pass_index)
-    return model.read(state, at=at)
+    with in_use(model):
+        inputs = model.inputs(tokens)
+        state = inputs
+        for pass_index in range(n_passes):
+            state = model.core.one_pass(state, inputs, pass_index)
+        return model.read(state, at=at)
 
 # %% ../notebooks/10_thinking.ipynb #nucleus
 def nucleus(logits: Float[Tensor, "vocab"], top_p: float) -> Float[Tensor, "vocab"]:

@@ -173,6 +173,34 @@ def test_gradients_are_right(attend):
     assert torch.autograd.gradcheck(lambda *tensors: attend(*tensors, 0.4), inputs)
 
 
+@pytest.mark.parametrize("squeezed", [12, None])
+def test_it_is_multi_head_attention_with_keys_and_values_unpacked_from_the_latent(squeezed):
+    """Head by head and query by query, in the paper's words (DeepSeek-AI 2024, DeepSeek-V2, eq. 37 to 47)."""
+    part, x = small(q_lora_rank=squeezed).double(), torch.randn(5, 16, dtype=torch.float64)
+    normed = lambda v, layer: v / (v.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight  # noqa: E731
+    frequency = 10000.0 ** -(torch.arange(2, dtype=torch.float64) / 2)
+
+    def turn(v, place):  # channel pairs (i, i + half)
+        pairs = torch.complex(v[:2], v[2:]) * torch.polar(torch.ones(2, dtype=torch.float64), place * frequency)
+        return torch.cat((pairs.real, pairs.imag))
+
+    if squeezed is None:
+        queries = x @ part.q_proj.weight.T
+    else:
+        queries = normed(x @ part.q_a_proj.weight.T, part.q_a_layernorm) @ part.q_b_proj.weight.T
+    latent, key_rope = (x @ part.kv_a_proj_with_mqa.weight.T).split((10, 4), -1)
+    unpacked = normed(latent, part.kv_a_layernorm) @ part.kv_b_proj.weight.T
+    mixed = torch.zeros(5, 18, dtype=torch.float64)
+    for head in range(3):
+        query, key, value = queries[:, 12 * head : 12 * head + 12], unpacked[:, 14 * head : 14 * head + 8], unpacked[:, 14 * head + 8 : 14 * head + 14]
+        for at in range(5):
+            scores = [query[at, :8] @ key[j] + turn(query[at, 8:], at) @ turn(key_rope[j], j) for j in range(at + 1)]
+            chances = (torch.stack(scores) / 12**0.5).softmax(0)
+            mixed[at, 6 * head : 6 * head + 6] = chances @ value[: at + 1]
+    assert torch.allclose(part(x.unsqueeze(0))[0], mixed @ part.o_proj.weight.T, atol=1e-6)
+
+
+
 @settings(deadline=None)
 @given(
     seed=seeds, pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5), squeezed=st.booleans(), rank=st.integers(2, 40)

@@ -21,6 +21,7 @@ from mythoslab.thinking import (
     Written,
     generate,
     nucleus,
+    plain_loop,
     strip_html,
     strip_terminal,
     think,
@@ -106,6 +107,27 @@ def test_writing_with_a_cache_thinks_what_reading_anew_thinks(config, rule, seed
         anew = think(model, torch.tensor([text]), **options)
         assert written.token == anew.logits[0, -1].argmax() and written.passes == anew.passes[0, -1]
         text.append(written.token)
+
+
+def test_slots_are_filled_as_deep_as_a_token_has_thought_so_far():
+    model, tokens = lively(SMALL), torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(0))
+    reader, deepest, opened = Reader(model, 2, max_passes=6, rule="converge", threshold=0.4), 1, set()
+    for some in (tokens[:, :4], *tokens[:, 4:].split(1, 1)):
+        deepest = max(deepest, int(reader.read(some).passes.max()))
+        assert reader.n_open == deepest
+        for cache in reader.cache.core:
+            assert not cache.memory[deepest:].any() and cache.memory[:deepest, :, : int(reader.lengths.max())].abs().sum(-1).all()
+        opened.add(deepest)
+    assert len(opened) > 1  # some were opened after tokens had been read
+
+
+def test_reading_in_the_midst_of_training_counts_no_load_and_goes_on_training():
+    model = lively(replace(SMALL, ffn="moe", expert_dim=8, n_routed_experts=4)).train()
+    think(model, torch.randint(31, (2, 9)), max_passes=4)
+    plain_loop(model, torch.randint(31, (2, 9)), 4)
+    list(generate(model, torch.randint(31, (5,)), 3, max_passes=4))
+    assert all(part.training for part in model.modules())
+    assert not model.core.blocks[0].ffn.load_by_pass.any()
 
 
 def test_without_a_rule_every_token_has_all_passes_and_writes_as_in_notebook_08():
