@@ -117,8 +117,8 @@ class Reader:
         batch_size: Sequences.
         max_passes: Most passes of a token.
         rule, threshold: When a token stops, as for :class:`Stopper`; by default by the model's own rule.
-        goes_on: Keep what is shown at every pass, to read more later, in as many slots as the deepest token needs; else one slot does
-            for all passes, and it reads once.
+        goes_on: Keep what is shown at every pass, to read more later, in a slot for each, filled as deep as the deepest token goes; else
+            one slot does for all passes, and it reads once.
         max_positions: Tokens of a sequence, a full context by default.
     """
 
@@ -359,7 +359,7 @@ def nucleus(logits: Float[Tensor, "vocab"], top_p: float) -> Float[Tensor, "voca
 
 # %% ../notebooks/10_thinking.ipynb #generate
 def usual_passes(model: Mythos, rule: str | None = None) -> int:
-    """Most passes of a token when writing, unless told otherwise: four times those trained, or just those if no rule stops it."""
+    """Most passes of a token when writing, unless told otherwise: four times the configured number, or just that if no rule stops it."""
     rule = model.config.halting if rule is None else rule
     return (1 if rule == "none" else 4) * model.config.n_passes
 
