@@ -58,8 +58,16 @@ def route(
         norm_topk_prob: Scale the chosen scores to sum to one.
         routed_scaling_factor: Multiplies the weights in the end.
 
+    Raises:
+        ValueError: The scoring function is unknown, or groups and choices do not fit the experts.
+
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2; softmax, DeepSeek-AI 2024 (DeepSeek-V2), section 2.2.
     """
+    n_experts = logits.shape[-1]
+    require(scoring_func in ("sigmoid", "softmax"), "scoring_func", scoring_func, "'sigmoid' or 'softmax'")
+    require(n_experts % n_group == 0, "n_group", n_group, f"a divisor of the number of experts, {n_experts}")
+    most = n_experts // n_group * topk_group
+    require(n_experts_per_token <= most, "n_experts_per_token", n_experts_per_token, f"at most {most}, the experts in reach")
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scores = wide.sigmoid() if scoring_func == "sigmoid" else wide.softmax(-1)
     choice = scores.detach() + bias
@@ -101,7 +109,7 @@ def loop_over_experts(
 # %% ../notebooks/07_moe.ipynb #grouped-product
 #: Rows in multiples of which oneDNN is called: few shapes, so that its kernels for them are soon all there.
 WHOLE_ROWS = 16
-_GROUPED = getattr(F, "grouped_mm", None) or torch._grouped_mm  # which it is called in PyTorch 2.9
+_GROUPED = getattr(F, "grouped_mm", None) or torch._grouped_mm  # its name in PyTorch 2.9
 
 
 def _by_one_dnn(rows: Tensor, weights: Tensor, ends: list[int]) -> Tensor:
@@ -133,7 +141,7 @@ class _GroupedByOneDNN(torch.autograd.Function):
 def grouped_product(
     rows: Float[Tensor, "pair dim_in"], weights: Float[Tensor, "expert dim_out dim_in"], ends: Tensor
 ) -> Float[Tensor, "pair dim_out"]:
-    """Each expert's rows times its weights, ``rows @ weights[expert].mT``; ``ends`` says where its rows end.
+    """Each expert's rows times its weights, ``rows @ weights[expert].mT``; ``ends``, whole numbers in 32 bits, says where its rows end.
 
     By oneDNN where that is faster; else in one call where PyTorch has it: for rows of whole 16 bytes and one dtype, not
     float64, and when compiled bfloat16 alone; else one by one.
@@ -176,7 +184,8 @@ def gather_experts(
     gate_up: Float[Tensor, "expert gate_and_up dim"],
     down: Float[Tensor, "expert dim expert_dim"],
 ) -> Float[Tensor, "token dim"]:
-    """As :func:`loop_over_experts`, one pair of a token and an expert after the other: for a few tokens."""
+    """As :func:`loop_over_experts`, without sorting, for a few tokens: pair by pair on a CPU; elsewhere all pairs at once, with a copy
+    of an expert's weights for each."""
     n_choices, pairs = routing.experts.shape[1], routing.experts.flatten()
     rows = x.repeat_interleave(n_choices, 0)  # (pair, dim)
     if x.is_cpu:
@@ -375,7 +384,7 @@ class MixtureOfExperts(nn.Module):
                 experts one by one or stacked, as the transformers library has them.
 
         Raises:
-            ValueError: The weights are not those of exactly one layer with experts.
+            ValueError: The config lacks a size, or the weights are not exactly those of one layer that it describes.
         """
         return _read_deepseek(cls, config, state_dict)
 
@@ -395,7 +404,12 @@ class MixtureOfExperts(nn.Module):
 
 # %% ../notebooks/07_moe.ipynb #deepseek
 def _read_deepseek(cls: type[MixtureOfExperts], config: object, state_dict: Mapping[str, Tensor]) -> MixtureOfExperts:
-    read = config.get if isinstance(config, Mapping) else lambda name, *default: getattr(config, name, *default)
+    def read(name, default=None):
+        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        return default if found is None else found
+
+    for name in ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"):
+        require(read(name) is not None, f"{name} in config", "missing", "given")
     endings = ("experts.0.down_proj.weight", "experts.down_proj")
     found = [name.removesuffix(end) for name in state_dict for end in endings if name.endswith(end) and "shared_" not in name]
     require(len(found) == 1, "the number of layers with experts in state_dict", len(found), "1")
@@ -408,10 +422,10 @@ def _read_deepseek(cls: type[MixtureOfExperts], config: object, state_dict: Mapp
         read("moe_intermediate_size"),
         n_routed_experts=read("n_routed_experts"),
         n_experts_per_token=read("num_experts_per_tok"),
-        n_shared_experts=read("n_shared_experts") or 0,
+        n_shared_experts=read("n_shared_experts", 0),
         scoring_func="sigmoid" if version_3 else "softmax",
-        n_group=(read("n_group", 1) or 1) if grouped else 1,
-        topk_group=(read("topk_group", 1) or 1) if grouped else 1,
+        n_group=read("n_group", 1) if grouped else 1,
+        topk_group=read("topk_group", 1) if grouped else 1,
         norm_topk_prob=bool(read("norm_topk_prob", version_3)) and version_3,  # transformers' V2 ignores it
         routed_scaling_factor=read("routed_scaling_factor", 1.0),
     )

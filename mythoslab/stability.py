@@ -106,7 +106,8 @@ def inject_beside_block(
 ) -> Float[Tensor, "*batch dim"]:
     """One pass with the block beside the injection: ``injection(state, inputs) + block(state + inputs)``.
 
-    A block that adds to what it reads (a residual one) adds its own one to the decay: let it norm what it reads.
+    A residual block, ``x + f(x)``, hands the state back whole, so that the factor is ``decay + 1``, and no decay bounds that, not even
+    if ``f`` norms what it reads. Norm before the residual path parts: ``block(norm(state + inputs))``.
 
     Source: OpenMythos (Gomez 2026), ``A · h + B · e + transformer(norm(h + e))``, here without its norm of the sum.
     """

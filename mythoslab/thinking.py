@@ -55,7 +55,7 @@ class Stopper:
     def stops(
         self, state: Float[Tensor, "token dim"], before: Float[Tensor, "token dim"], at: tuple[Tensor, Tensor]
     ) -> Bool[Tensor, "token"]:
-        """Of the tokens ``at`` these rows and positions, which stop after the pass that led from ``before`` to ``state``."""
+        """Of the tokens ``at`` these rows and positions, which stop, by the states after and before a pass; before the first, zeros."""
         if self.rule == "none":
             return torch.zeros(len(state), dtype=torch.bool, device=state.device)
         if self.rule == "converge":
@@ -120,6 +120,9 @@ class Reader:
         goes_on: Keep what is shown at every pass, to read more later, in a slot for each, filled as deep as the deepest token goes; else
             one slot does for all passes, and it reads once.
         max_positions: Tokens of a sequence, a full context by default.
+
+    Raises:
+        ValueError: ``max_passes`` is no whole number from one, or rule or threshold will not do, as for :class:`Stopper`.
     """
 
     #: Tokens of filling up that a cut of the batch must save; chosen by hand on a CPU.
@@ -174,7 +177,7 @@ class Reader:
             at: Where logits are wanted, (wanted, vocab) then; everywhere by default.
 
         Raises:
-            ValueError: They do not fit into the context or ``max_positions``, a sequence has none or fewer than ``counts`` says, or
+            ValueError: ``tokens`` or ``counts`` have another shape, they do not fit into the context or ``max_positions``, a sequence has none or fewer than ``counts`` says, or
                 it has read and does not go on.
         """
         with torch.inference_mode(), in_use(self.model):
@@ -182,9 +185,13 @@ class Reader:
 
     def _read(self, tokens: Tensor, counts: Tensor | None, at: Tensor | None) -> Thought:
         model, device = self.model, self.lengths.device
+        held = len(self.lengths)
+        fits = tokens.dim() == 2 and len(tokens) == held
+        require(fits, "the shape of tokens", tuple(tokens.shape), f"(batch, position), with a batch of {held}")
         tokens = tokens.to(device)
         batch_size, n_new = tokens.shape
         counts = torch.full((batch_size,), n_new, device=device) if counts is None else counts.to(device)
+        require(counts.shape == (batch_size,), "the shape of counts", tuple(counts.shape), f"({batch_size},)")
         fewest, most = int(counts.min()), int(counts.max())
         require(fewest >= 1, "the smallest of counts", fewest, "at least 1")
         require(most <= n_new, "the largest of counts", most, f"at most {n_new}, the tokens there are")
@@ -247,7 +254,7 @@ class Reader:
         for memory in shown:
             memory.thinking = None if everyone else thinking
         after, at = self.model.core.one_pass(state, inputs, pass_index, shown), torch.where(thinking)
-        since = state if pass_index else torch.zeros_like(state)  # as the head was taught: from nothing
+        since = _before(state, pass_index)
         moved = (after.flatten(0, 1), since.flatten(0, 1)) if everyone else (after[at], since[at])
         stops = stopper.stops(*moved, at)
         state.copy_(after if everyone else torch.where(thinking.unsqueeze(-1), after, state))
@@ -270,8 +277,16 @@ class Reader:
             state[column, order] = after
             at = column.expand_as(order)[picked], order[picked]
             passes[at] = pass_index + 1
-            since = before[picked] if pass_index else torch.zeros_like(before[picked])
+            since = _before(before[picked], pass_index)
             thinking[at] = ~stopper.stops(after[picked], since, at)
+
+
+def _before(state: Tensor, pass_index: int) -> Tensor:
+    """What a rule takes for the state before a pass: zeros before the first, as the head was taught.
+
+    So ``"converge"`` never stops a token after its first pass: all of its state is new.
+    """
+    return state if pass_index else torch.zeros_like(state)
 
 
 def _alike(counts: Int64[Tensor, "batch"], worth: int) -> Iterator[Int64[Tensor, "row"]]:
@@ -316,7 +331,11 @@ def think(
         at: Where logits are wanted, (wanted, vocab) then; everywhere by default.
 
     Returns:
-        Logits, and the passes of every token; where ``counts`` says that a token does not count, zero passes.
+        Logits, and the passes of every token; where ``counts`` says that a token does not count, zero passes. ``halt_prob`` is None,
+        with a head, too.
+
+    Raises:
+        ValueError: As for :class:`Reader` and :meth:`Reader.read`.
 
     Source: tokens that stop one by one, Graves 2016, Dehghani et al. 2018; without computing what has stopped.
     """
@@ -414,7 +433,7 @@ def generate(
         require(fits, "the number of prompt tokens", len(prompt), f"1 to {context}, the context; or trim it")
     require(is_whole(n_new) and n_new >= 0, "n_new", n_new, "a whole number of at least 0")
     require(temperature >= 0, "temperature", temperature, "at least 0")
-    require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
+    require(top_k is None or is_whole(top_k) and top_k >= 1, "top_k", top_k, "a whole number of at least 1")
     require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
     require(0 <= seed < 2**63, "seed", seed, "0 or above, and below 2**63")
     max_passes = usual_passes(model, rule) if max_passes is None else max_passes
@@ -437,7 +456,9 @@ def generate(
         for step in range(n_new):
             written = []
             for text, row, used, draw in zip(texts, logits, passes, draws):
-                row = row if top_p is None else nucleus(row / max(temperature, 1e-6), top_p) * max(temperature, 1e-6)
+                if top_p is not None:  # counts chances at this temperature, by which sample divides once more
+                    divisor = max(temperature, 1e-6)
+                    row = nucleus(row / divisor, top_p) * divisor
                 text.append(sample(row, temperature=temperature, top_k=top_k, generator=draw))
                 written.append(Written(text[-1], used))
             yield written
@@ -454,7 +475,7 @@ def generate(
 
 # %% ../notebooks/10_thinking.ipynb #answer
 class Piece(NamedTuple):
-    """Text that was written, whole characters only, and the passes of the tokens it took."""
+    """Text that was written, in whole characters, save a last one that the end cut off, and the passes of the tokens it took."""
 
     text: str
     passes: list[int]

@@ -1144,7 +1144,7 @@ def settled(answers: Int64[Tensor, "pass *token"]) -> Bool[Tensor, "pass *token"
 def halting_loss(
     model: Mythos, tokens: Int64[Tensor, "batch position"], asked: Bool[Tensor, "batch position"], n_passes: int
 ) -> Float[Tensor, ""]:
-    """How far the halting head is from stopping where it should, in nats per decision.
+    """How far the halting head is from stopping where it should, in nats: mean over asked tokens and passes, plus mean over the others.
 
     A token that is asked something should stop once its answer is settled, any other after ``REST_AFTER`` passes. The model answers after
     every pass, without gradients: only the head can learn.
@@ -1157,12 +1157,14 @@ def halting_loss(
         states = model.think(tokens, n_passes)
         answers = torch.stack([model.read(state, at=asked).argmax(-1) for state in states])  # (pass, asked)
     stop = model.halting(states)
-    loss = F.binary_cross_entropy(stop[:, asked], settled(answers).to(states.dtype))
-    if asked.all():
-        return loss
-    rest = torch.ones_like(stop[:, ~asked])
-    rest[: REST_AFTER - 1] = 0.0
-    return loss + F.binary_cross_entropy(stop[:, ~asked], rest)
+    loss = states.new_zeros(())
+    if asked.any():
+        loss = loss + F.binary_cross_entropy(stop[:, asked], settled(answers).to(states.dtype))
+    if not asked.all():
+        rest = torch.ones_like(stop[:, ~asked])
+        rest[: REST_AFTER - 1] = 0.0
+        loss = loss + F.binary_cross_entropy(stop[:, ~asked], rest)
+    return loss
 
 
 def train_halting(
@@ -1179,22 +1181,22 @@ def train_halting(
     The head reads the states of every pass, and never touches what the model knows.
 
     Args:
-        data, config, words: As for :func:`train`; ``config.halting_steps`` steps.
+        data, config, words: As for :func:`train`; ``config.halting_steps`` steps, each with two windows of text unless ``config.batch_size`` is 0.
         n_passes: Passes after which an answer counts as final.
         learning_rate: Of the head.
 
     Returns:
-        The loss of every step, in nats per decision.
+        The loss of every step, in nats: that of its text and that of its questions together.
 
     Raises:
-        ValueError: The model has no halting head.
+        ValueError: The model has no halting head, or words are missing.
     """
     require(model.halting is not None, "halting", model.config.halting, "a rule with a head, such as 'settled'")
     require(config.question_batch == 0 or words is not None, "words", words, "given, if there are questions")
     draw = torch.Generator().manual_seed(config.seed + 2)
     text = text_batches(data, batch_size=2, context_length=model.config.context_length, generator=draw) if config.batch_size else None
     optimiser = torch.optim.AdamW(model.halting.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, config.halting_steps)
+    falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, config.halting_steps)
     device, losses = model.embedding.weight.device, []
     hard = Curriculum(config.max_depth, depth=config.max_depth, root_share=0.12)
     for _ in tqdm(range(config.halting_steps), desc="halting", unit="step", leave=False):
@@ -1212,7 +1214,7 @@ def train_halting(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        schedule.step()
+        falling.step()
         losses.append(loss.item())
     return losses
 
@@ -1436,15 +1438,16 @@ TRAINING |= {"course-loop": replace(_text_alone, n_passes=(2, 3, 4, 5, 6)), "cou
 def measure(
     model: Mythos, tokenizer: Tokenizer, training: str, held_out: str, *, seed: int = 0, max_depth: int | None = None
 ) -> dict:
-    """How good a model is after 1, as many as trained, 2 × and 4 × as many passes.
+    """How good a model is after 1, as many as trained, 2 × and 4 × as many passes; after one alone, if it was trained with one.
 
     Args:
         training, held_out: Text it learned from, for the yardsticks, and text it did not.
+        seed: Of the questions.
         max_depth: Links of the longest chains; None for a model that learned no questions.
 
     Returns:
         ``bits_per_byte`` of the held-out text, by passes and of the yardsticks; ``right``, in shares by passes, of chains by
-        links, in random forests, on two balanced chains and on two ``longer`` ones, three times as long as any in training, of sums by
+        links, in random forests, on two balanced chains and on two ``longer`` ones, up to three times as long as any in training, of sums by
         columns that a carry crosses, and of facts. ``resting`` is ``longer`` again, while tokens that are not asked rest; both have
         ``enough``, too: the passes that a question needs, one more than its links. ``alone`` has just that of ``resting``, with a coda
         that sees nothing but the asked token. With a halting head, ``late``: shares of the same questions by :func:`passes_late`.
@@ -1459,22 +1462,22 @@ def measure(
         return results
     words, draw = Words(tokenizer), torch.Generator().manual_seed(seed + 3)
     context = model.config.context_length
-    longest = max(2, min(20, (context - 20) // 3))  # 3 tokens a fact, 2 for each of ten questions
-    longer = min(3 * max_depth, len(NAMES) // 2 - 1, (context - 2) // 6 - 1)  # links of two chains that names and context can hold
+    n_facts = max(2, min(20, (context - 20) // 3))  # 3 tokens a fact, 2 for each of ten questions
+    most_links = min(3 * max_depth, len(NAMES) // 2 - 1, (context - 2) // 6 - 1)  # links of two chains that names and context can hold
 
     def balanced(batch_size, links):
         return [chain_questions(batch_size, words, max_depth=links, depth=depth, generator=draw) for depth in range(links + 1)]
 
     asked = {
-        "forests": [chain_questions(256, words, max_depth=max_depth, n_facts=longest, n_asked=10, generator=draw)],
+        "forests": [chain_questions(256, words, max_depth=max_depth, n_facts=n_facts, n_asked=10, generator=draw)],
         "balanced": balanced(128, max_depth),
         "sums": [
             sum_questions(64, words, n_digits=3, length=min(56, context), chain=chain or None, generator=draw) for chain in range(4)
         ],
         "facts": [fact_questions(32, words, length=min(64, context), generator=draw)],
     }
-    chains = balanced(64, longer)
-    due = [min(links + 1, counts[-1]) for links in range(longer + 1)]  # passes that each of them needs
+    chains = balanced(64, most_links)
+    due = [min(links + 1, counts[-1]) for links in range(most_links + 1)]  # passes that each of them needs
 
     results["right"] = shares = {}
     for kind, batches in asked.items():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 import tests.shapes
@@ -9,6 +10,8 @@ from mythoslab.classroom.course import notebooks, topic_of
 
 pytest.register_assert_rewrite("tests.mistakes")
 torch.set_num_threads(1)
+settings.register_profile("any machine", settings(), deadline=None)  # how long an example takes is not what is tested
+settings.load_profile("any machine")
 modules = [f"mythoslab.{topic_of(path)}" for path in notebooks()]
 install_import_hook(modules, f"{tests.shapes.__name__}.checked")
 

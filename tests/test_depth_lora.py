@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,7 +49,6 @@ def trained(module):
     return module
 
 
-@settings(deadline=None)
 @given(seed=seeds, n_in=sizes, n_out=sizes, n_passes=st.integers(1, 5), pass_index=st.integers(0, 12), data=st.data())
 def test_merged_is_unmerged(seed, n_in, n_out, n_passes, pass_index, data):
     rank = data.draw(st.integers(1, min(n_in, n_out)))

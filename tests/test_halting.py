@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -295,7 +295,6 @@ def test_it_runs_on_fake_cuda_without_mixing_devices():
     assert price.device.type == answers.device.type == "cuda" and answers.shape == (4, 2, 3, 7)
 
 
-@settings(deadline=None)
 @given(seed=seeds)
 def test_tokens_do_not_hear_of_each_other(seed):
     halt_prob = shares(seed, 6, 4)

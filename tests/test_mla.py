@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -145,7 +145,6 @@ def test_only_training_in_plain_float32_goes_to_one_dnn(monkeypatch):
     assert not learns_by_one_dnn(x, weight)
 
 
-@settings(deadline=None)
 @given(
     seed=seeds,
     n_query=st.integers(1, 9),
@@ -201,7 +200,6 @@ def test_it_is_multi_head_attention_with_keys_and_values_unpacked_from_the_laten
 
 
 
-@settings(deadline=None)
 @given(
     seed=seeds, pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5), squeezed=st.booleans(), rank=st.integers(2, 40)
 )

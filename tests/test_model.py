@@ -202,7 +202,7 @@ def test_unrolled_twin_computes_as_much_and_stores_more():
 # What it costs.
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(configs(), st.integers(1, 4))
 def test_any_valid_config_builds_a_model_of_the_predicted_weights_and_operations(config, n_passes):
     model = Mythos(config).double()
@@ -226,7 +226,7 @@ def test_any_valid_config_builds_a_model_of_the_predicted_weights_and_operations
     assert counter.get_total_flops() == predicted
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs())
 def test_active_weights_leave_out_the_experts_and_adapters_that_do_not_serve(config):
     unused = 0
@@ -238,7 +238,7 @@ def test_active_weights_leave_out_the_experts_and_adapters_that_do_not_serve(con
     assert count_parameters(config) - count_parameters(config, active=True) == unused
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs())
 def test_linear_layers_of_a_block_are_predicted_by_name_and_shape(config):
     for core in (True, False):
@@ -247,7 +247,7 @@ def test_linear_layers_of_a_block_are_predicted_by_name_and_shape(config):
         assert built == linear_layers(config, core=core)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 5), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_a_cache_takes_the_predicted_bytes(config, n_slots, dtype):
     cache = Mythos(config).to(dtype).new_cache(3, n_slots=n_slots)
@@ -275,7 +275,7 @@ def test_a_size_of_openmythos_has_nearly_the_weights_of_its_name(name):
 # The same numbers, however it is read.
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(configs(), st.data())
 def test_read_in_pieces_with_a_cache_gives_what_reading_at_once_gives(config, data):
     model, most = lively(config), 5
@@ -292,7 +292,7 @@ def test_read_in_pieces_with_a_cache_gives_what_reading_at_once_gives(config, da
     assert cache.length == length and torch.equal(cache.tokens, tokens)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 9))
 def test_a_sequence_alone_gives_what_it_gives_in_a_batch_padded_or_not(config, own):
     model, tokens = lively(config), text(config, 3)
@@ -302,7 +302,7 @@ def test_a_sequence_alone_gives_what_it_gives_in_a_batch_padded_or_not(config, o
     assert largest_difference(together[1:2, :own], alone) < 1e-9
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 6))
 def test_one_number_of_passes_is_that_number_for_every_token(config, n_passes):
     model, tokens = lively(config), text(config)
@@ -314,7 +314,7 @@ def test_one_number_of_passes_is_that_number_for_every_token(config, n_passes):
     assert torch.equal(given.logits, default.logits) and torch.equal(given.passes, default.passes)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs(), st.integers(1, 8))
 def test_a_later_token_changes_nothing_earlier(config, position):
     model, tokens = lively(config), text(config)

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -62,7 +62,6 @@ def test_a_token_uses_its_best_groups_only(seed, scoring_func, topk_group):
         assert {expert // 3 for expert in routing.experts[token].tolist()} <= set(allowed)
 
 
-@settings(deadline=None)
 @given(
     seed=seeds,
     n_tokens=st.integers(1, 30),
@@ -287,6 +286,13 @@ def test_other_bad_input_is_named():
         experts()(torch.zeros(1, 1, 8, dtype=torch.float64))
     with pytest.raises(ValueError, match="rate is -1; it must be at least 0"):
         balance_bias(torch.zeros(2), torch.zeros(2), -1)
+    logits, bias = torch.zeros(3, 6), torch.zeros(6)
+    with pytest.raises(ValueError, match="scoring_func is 'Sigmoid'; it must be 'sigmoid' or 'softmax'"):
+        route(logits, bias, 2, scoring_func="Sigmoid")
+    with pytest.raises(ValueError, match="n_group is 4; it must be a divisor of the number of experts, 6"):
+        route(logits, bias, 2, n_group=4)
+    with pytest.raises(ValueError, match="n_experts_per_token is 3; it must be at most 2, the experts in reach"):
+        route(logits, bias, 3, n_group=3, topk_group=1)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4000])

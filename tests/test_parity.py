@@ -276,3 +276,10 @@ def test_what_is_no_published_layer_of_experts_is_named(change, sentence):
     config, theirs = their_experts("V3", "plain")
     with pytest.raises(ValueError, match=sentence):
         MixtureOfExperts.from_deepseek(config, change(theirs.state_dict()))
+
+
+def test_a_size_that_a_config_lacks_is_named():
+    config, theirs = their_experts("V3", "plain")
+    sizes = config.to_dict() | {"moe_intermediate_size": None}
+    with pytest.raises(ValueError, match="moe_intermediate_size in config is 'missing'; it must be given"):
+        MixtureOfExperts.from_deepseek(sizes, theirs.state_dict())

@@ -63,7 +63,7 @@ sizes = st.fixed_dictionaries(
 
 
 @given(size=sizes, extra_labels=st.integers(0, 20), seed=st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_forests_are_exact_for_any_size(size, extra_labels, seed):
     n_labels = size["n_nodes"] + extra_labels
     batch = forest(5, **size, n_labels=n_labels, generator=seeded(seed))
@@ -78,7 +78,7 @@ def test_forests_are_exact_for_any_size(size, extra_labels, seed):
 
 
 @given(length=st.integers(1, 12), n_colours=st.integers(2, 6), seed=st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_two_chains_are_exact_and_balanced_for_any_length(length, n_colours, seed):
     batch = two_chains(5, length=length, n_colours=n_colours, generator=seeded(seed))
     assert_exact(batch)
@@ -185,7 +185,7 @@ def test_impossible_questions_are_refused_by_name(draw, bad, words):
 
 
 @given(n_nodes=st.integers(1, 70), seed=st.integers(0, 999))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_climb_agrees_with_a_walk(n_nodes, seed):
     score = torch.rand(3, n_nodes, generator=seeded(seed))
     parent = (score * (torch.arange(n_nodes) + 1)).long()  # each at or before its node
@@ -259,7 +259,7 @@ document = st.lists(paragraph, min_size=1, max_size=6).map("\n\n".join)
 
 
 @given(documents=st.lists(document, min_size=2, max_size=12), quoted=st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_text_leaks_however_often_it_quotes_itself(documents, quoted):
     documents += [documents[quoted % len(documents)].upper().replace(" ", "\n") + " and more"]
     try:
@@ -348,7 +348,7 @@ confusing = st.sampled_from(["<|endoftext|>", "</s>", "Ġ", "Ċ", "👩‍👩�
 
 
 @given(text=st.text() | st.lists(confusing).map("".join))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_comes_back_exactly(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokens.dtype == torch.int64 and tokens.dim() == 1
@@ -403,7 +403,7 @@ def test_what_is_no_tokenizer_or_no_text_is_refused(tokenizer, tmp_path):
     batch_size=st.integers(1, 9),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_windows_cover_the_text_evenly_and_targets_come_next(n_more, context_length, batch_size, seed):
     n_tokens = context_length + n_more
     options = dict(batch_size=batch_size, context_length=context_length)

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -78,7 +78,6 @@ def test_block_gradients_are_exact():
     assert torch.autograd.gradcheck(block, x)
 
 
-@settings(deadline=None)
 @given(n_blocks=st.integers(1, 4), n_passes=st.integers(1, 9))
 def test_loop_runs_block_r_modulo_their_number_and_adds_the_inputs(n_blocks, n_passes):
     loop = Loop([nn.Linear(4, 4) for _ in range(n_blocks)], 4)

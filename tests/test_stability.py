@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,7 +104,6 @@ def test_many_passes_settle_at_the_fixed_point_whatever_the_start(seed):
     assert torch.allclose(state, injection.inputs(inputs))
 
 
-@settings(deadline=None)  # the first call of torch.func loads much
 @given(seed=seeds)
 def test_the_linear_part_is_the_decay(seed):
     injection = LTIInjection(4).double()

@@ -62,7 +62,7 @@ def lively(config, seed=0):
     return model
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs, rules, st.integers(0, 99))
 def test_only_the_passes_that_are_needed_give_the_numbers_of_all_passes(config, rule, seed):
     model, tokens = lively(config, seed), torch.randint(31, (5, 11))
@@ -81,7 +81,7 @@ def test_only_the_passes_that_are_needed_give_the_numbers_of_all_passes(config, 
     assert torch.allclose(thought.logits[real], masked[real], atol=1e-9)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(configs, rules, st.integers(0, 99))
 def test_a_sequence_thinks_and_writes_the_same_alone_and_in_a_batch(config, rule, seed):
     model, tokens = lively(config, seed), torch.randint(31, (5, 11))
@@ -98,7 +98,7 @@ def test_a_sequence_thinks_and_writes_the_same_alone_and_in_a_batch(config, rule
         assert [step[0] for step in steps] == [step[number] for step in written]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(configs, rules, st.integers(0, 99))
 def test_writing_with_a_cache_thinks_what_reading_anew_thinks(config, rule, seed):
     model, text = lively(config, seed), torch.randint(31, (4,)).tolist()
@@ -139,7 +139,7 @@ def test_without_a_rule_every_token_has_all_passes_and_writes_as_in_notebook_08(
     assert ours == list(generate_by_passes(model, torch.tensor([1, 2]), 9, temperature=0))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(configs, st.integers(1, 5), st.integers(0, 99))
 def test_the_plain_loop_is_the_model_with_one_number_of_passes(config, n_passes, seed):
     model, tokens = lively(config, seed), torch.randint(31, (3, 9))
@@ -248,6 +248,7 @@ def test_the_seed_decides_and_nothing_else():
         (dict(tokens=torch.zeros(2, 3, dtype=torch.long)), r"shape of a prompt is \(2, 3\).*a list"),
         (dict(temperature=-1.0), "temperature is -1"),
         (dict(top_k=0), "top_k is 0"),
+        (dict(top_k=2.5), "top_k is 2.5; it must be a whole number"),
         (dict(top_p=0.0), "top_p is 0"),
         (dict(top_p=1.1), "top_p is 1.1"),
         (dict(seed=-1), "seed is -1"),
@@ -297,6 +298,19 @@ def test_a_reader_names_more_tokens_than_there_are_and_a_second_reading_that_was
     reader.read(tokens)
     with pytest.raises(ValueError, match="goes_on is False; it must be true, to read more than once"):
         reader.read(tokens)
+
+
+@pytest.mark.parametrize(
+    "tokens, counts, named",
+    [
+        (torch.zeros(3, 4, dtype=torch.long), None, r"shape of tokens is \(3, 4\); it must be \(batch, position\), with a batch of 2"),
+        (torch.zeros(4, dtype=torch.long), None, r"shape of tokens is \(4,\)"),
+        (torch.zeros(2, 4, dtype=torch.long), torch.tensor([4]), r"shape of counts is \(1,\); it must be \(2,\)"),
+    ],
+)
+def test_a_reader_names_tokens_and_counts_of_another_batch(tokens, counts, named):
+    with pytest.raises(ValueError, match=named):
+        reference("thinking").Reader(lively(SMALL), 2, max_passes=2).read(tokens, counts)
 
 
 def test_a_context_of_one_token_can_be_written_in():
