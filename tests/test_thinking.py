@@ -336,6 +336,14 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(numbers, top_p):
     assert not (~kept).any() or chances[~kept].max() <= chances[kept].min() + 1e-12
 
 
+def test_the_nucleus_is_taken_of_the_chances_at_the_temperature(monkeypatch):
+    seen = []
+    monkeypatch.setattr(thinking, "nucleus", lambda row, top_p: seen.append(row) or row)
+    for temperature in (1.0, 2.0):
+        next(generate(lively(SMALL), torch.tensor([1, 2, 3]), 1, max_passes=3, temperature=temperature, top_p=0.5))
+    assert torch.allclose(seen[0], 2 * seen[1])
+
+
 def test_all_chances_leave_every_token_even_those_that_rounding_loses():
     logits = torch.tensor([30.0, 0.0, -5.0])
     assert torch.equal(nucleus(logits, 1.0), logits)
