@@ -570,6 +570,21 @@ def test_read_alone_the_coda_sees_one_token_and_no_other(words):
     assert answers_right(model, batch, 3, alone=True)[0][1].all() and not answers_right(model, batch, 3)[0][1].all()
 
 
+def test_enough_is_read_after_one_pass_more_than_links(words, monkeypatch):
+    def by_passes(model, questions, n_passes, *, after, **how):
+        """As many right as passes, of a hundred."""
+        return torch.stack([torch.arange(100) < count for count in after]), torch.zeros(100, dtype=torch.long)
+
+    monkeypatch.setattr(training, "answers_right", by_passes)
+    model = new_model(words)
+    right = training.measure(model, words.tokenizer, "to learn from " * 50, "held out " * 20, max_depth=2)["right"]
+    for kind in ("longer", "resting", "alone"):
+        shares = right[kind]["enough"]
+        assert len(shares) > 2 and len(set(shares)) > 2
+        expected = [min(links + 1, 4 * model.config.n_passes) / 100 for links in range(len(shares))]
+        assert torch.allclose(torch.tensor(shares), torch.tensor(expected))
+
+
 def test_how_late_the_head_stops_is_counted_from_links_and_one(words):
     batch, model = chain_questions(4, words, max_depth=5, n_facts=None, n_asked=8, generator=seeded(0)), new_model(words, halting="settled")
     told = []
