@@ -66,8 +66,9 @@ def route(
     n_experts = logits.shape[-1]
     require(scoring_func in ("sigmoid", "softmax"), "scoring_func", scoring_func, "'sigmoid' or 'softmax'")
     require(n_experts % n_group == 0, "n_group", n_group, f"a divisor of the number of experts, {n_experts}")
+    require(1 <= topk_group <= n_group, "topk_group", topk_group, f"from 1 to n_group, {n_group}")
     most = n_experts // n_group * topk_group
-    require(n_experts_per_token <= most, "n_experts_per_token", n_experts_per_token, f"at most {most}, the experts in reach")
+    require(1 <= n_experts_per_token <= most, "n_experts_per_token", n_experts_per_token, f"from 1 to {most}, the experts in reach")
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scores = wide.sigmoid() if scoring_func == "sigmoid" else wide.softmax(-1)
     choice = scores.detach() + bias
@@ -296,11 +297,6 @@ class MixtureOfExperts(nn.Module):
         for name, size in sizes.items():
             require(size >= 1, name, size, "at least 1")
         require(n_shared_experts >= 0, "n_shared_experts", n_shared_experts, "at least 0")
-        require(scoring_func in ("sigmoid", "softmax"), "scoring_func", scoring_func, "'sigmoid' or 'softmax'")
-        require(n_routed_experts % n_group == 0, "n_group", n_group, f"a divisor of n_routed_experts, {n_routed_experts}")
-        require(1 <= topk_group <= n_group, "topk_group", topk_group, f"from 1 to n_group, {n_group}")
-        most = n_routed_experts // n_group * topk_group
-        require(1 <= n_experts_per_token <= most, "n_experts_per_token", n_experts_per_token, f"from 1 to {most}, the experts in reach")
         self.routing_rule = dict(
             scoring_func=scoring_func,
             n_group=n_group,
@@ -308,6 +304,7 @@ class MixtureOfExperts(nn.Module):
             norm_topk_prob=norm_topk_prob,
             routed_scaling_factor=routed_scaling_factor,
         )
+        route(*torch.zeros(2, n_routed_experts), n_experts_per_token, **self.routing_rule)  # what does not fit is said here
         self.n_experts_per_token, self.sequence_balance = n_experts_per_token, sequence_balance
         self.balance_loss: Tensor | float = 0.0
         self.router = nn.Linear(dim, n_routed_experts, bias=False)

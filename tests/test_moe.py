@@ -260,7 +260,7 @@ def test_sequence_loss_is_one_when_level_and_that_of_a_plain_computation(seed, n
 BAD = [
     (dict(n_experts_per_token=7), "n_experts_per_token is 7; it must be from 1 to 6, the experts in reach"),
     (dict(n_experts_per_token=0), "n_experts_per_token is 0"),
-    (dict(n_group=4), "n_group is 4; it must be a divisor of n_routed_experts, 6"),
+    (dict(n_group=4), "n_group is 4; it must be a divisor of the number of experts, 6"),
     (dict(n_group=3, topk_group=4), "topk_group is 4; it must be from 1 to n_group, 3"),
     (dict(n_group=3, topk_group=1, n_experts_per_token=3), "n_experts_per_token is 3; it must be from 1 to 2"),
     (dict(scoring_func="tanh"), "scoring_func is 'tanh'; it must be 'sigmoid' or 'softmax'"),
@@ -291,7 +291,7 @@ def test_other_bad_input_is_named():
         route(logits, bias, 2, scoring_func="Sigmoid")
     with pytest.raises(ValueError, match="n_group is 4; it must be a divisor of the number of experts, 6"):
         route(logits, bias, 2, n_group=4)
-    with pytest.raises(ValueError, match="n_experts_per_token is 3; it must be at most 2, the experts in reach"):
+    with pytest.raises(ValueError, match="n_experts_per_token is 3; it must be from 1 to 2, the experts in reach"):
         route(logits, bias, 3, n_group=3, topk_group=1)
 
 

@@ -146,8 +146,8 @@ def test_the_plain_loop_is_the_model_with_one_number_of_passes(config, n_passes,
     at = torch.rand(3, 9) < 0.4
     with torch.inference_mode():
         logits = model(tokens, n_passes).logits
-    assert torch.allclose(thinking.plain_loop(model, tokens, n_passes), logits, atol=1e-9)
-    assert torch.allclose(thinking.plain_loop(model, tokens, n_passes, at=at), logits[at], atol=1e-9)
+    assert torch.allclose(plain_loop(model, tokens, n_passes), logits, atol=1e-9)
+    assert torch.allclose(plain_loop(model, tokens, n_passes, at=at), logits[at], atol=1e-9)
 
 
 def test_tokens_that_stop_are_not_computed():
