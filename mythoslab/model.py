@@ -588,7 +588,7 @@ class TokenShift(nn.Module):
     Shape:
         tokens and those before them, (batch, position, dim) each → (batch, position, dim)
 
-    Source: Peng et al. 2023 (RWKV), section 3.1.
+    Source: after Peng et al. 2023 (RWKV), section 3.1, which mixes channel by channel in every block; here one linear layer does it, once.
     """
 
     def __init__(self, dim: int):

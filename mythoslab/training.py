@@ -723,15 +723,19 @@ def step_memory(
     n_tokens: int | None = None,
     n_passes: int | None = None,
     n_backward: int | None = None,
+    n_read: int = 1,
+    n_asked: int | None = None,
     on_gpu: bool = False,
 ) -> StepMemory:
-    """What a training step on text will need, from the configuration alone.
+    """What a training step on one batch will need, from the configuration alone.
 
     Args:
-        batch_size: Windows of text.
-        n_tokens: Of each window; a full context by default.
+        batch_size: Sequences.
+        n_tokens: Of each sequence; a full context by default.
         n_passes: The configured number by default.
         n_backward: Last passes that gradients go through; all by default.
+        n_read: Passes that the coda reads: the last alone for text, more for questions.
+        n_asked: Tokens of a sequence whose logits are computed; all by default.
         on_gpu: Whether latent attention runs there, in a kernel that keeps less.
     """
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
@@ -744,16 +748,18 @@ def step_memory(
     injection = {"add": (0, 0), "none": (0, 0), "lti": (2, 1), "linear": (2, 2)}[config.injection]  # kept, weights
 
     a_pass = config.n_core * kept_by_block(config, n_tokens, core=True, on_gpu=on_gpu) + (2 + injection[0]) * dim
-    once = (config.n_prelude + config.n_coda) * kept_by_block(config, n_tokens, core=False, on_gpu=on_gpu)
-    once += (8 if config.token_shift else 7) * dim + config.vocab_size
-    kept = batch_size * n_tokens * (n_learning * a_pass + n_passes * dim + once)
+    around = kept_by_block(config, n_tokens, core=False, on_gpu=on_gpu)
+    once = config.n_prelude * around + (7 if config.token_shift else 6) * dim
+    a_read = config.n_coda * around + dim
+    n_logits = n_read * (n_tokens if n_asked is None else n_asked) * config.vocab_size
+    kept = batch_size * (n_tokens * (n_learning * a_pass + n_passes * dim + once + n_read * a_read) + n_logits)
     if config.pass_adapter == "lora":
         kept += n_learning * in_core  # every pass has weights of its own
 
     n_weights = count_parameters(config)
     matrices = in_core + in_others + (config.token_shift + injection[1]) * dim**2
     matrices += config.n_passes * dim if config.pass_adapter == "embedding" else 0
-    logits = 2 * batch_size * n_tokens * config.vocab_size
+    logits = 2 * batch_size * n_logits
     n_taught = count_parameters(replace(config, halting="none"))  # the halting head has no part in this step
     return StepMemory(*(round(4 * count) for count in (n_weights, 2 * n_taught - matrices, kept, logits, n_taught)))
 

@@ -2321,6 +2321,19 @@ def test_a_step_keeps_what_the_formula_says(kinds, n_passes, batch_size, n_backw
     assert 0.9 < planned / found < 1.1
 
 
+@pytest.mark.parametrize("kinds", ({}, dict(attention="mla", token_shift=True), dict(ffn="moe", n_coda=2), dict(n_coda=0, qk_norm=True)))
+@pytest.mark.parametrize("n_read", (1, 2, 9))
+@pytest.mark.parametrize("rest", (False, True))
+def test_a_step_on_questions_keeps_what_the_formula_says(kinds, n_read, rest):
+    config = MythosConfig(vocab_size=300, dim=64, n_heads=4, hidden_dim=160, expert_dim=48, context_length=80, **kinds)
+    model, tokens, difficulty = Mythos(config), torch.randint(300, (3, 80)), torch.full((3, 80), -1)
+    difficulty[:, -20::2] = 5
+    asked = QuestionBatch(tokens, torch.randint(300, (3, 80, 6)), difficulty)
+    found = kept_for_backward(model, lambda: question_loss(model, asked, 9, range(9 - n_read, 9), rest=rest)[0])
+    planned = step_memory(config, 3, n_passes=9, n_read=n_read, n_asked=10).kept
+    assert 0.9 < planned / found < 1.1
+
+
 def test_memory_of_weights_and_optimisers_is_counted_exactly():
     for kinds in (
         {},
