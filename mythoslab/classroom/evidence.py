@@ -106,6 +106,7 @@ GROUPS = {
         Trial("with experts", model=_moe, n_steps=1600),
         Trial("with LoRA", model=_lora, n_steps=2200),
         Trial("with all three", model=_mla | _moe | _lora, n_steps=1500),
+        Trial("with all three, longer", model=_mla | _moe | _lora, n_steps=1700),
     ),
     "parts": (
         Trial("LTI injection", model=dict(injection="lti")),
