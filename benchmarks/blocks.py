@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mythoslab import mla
-from mythoslab.mla import MultiHeadLatentAttention, project
+from mythoslab.mla import MultiHeadLatentAttention
 from mythoslab.moe import MixtureOfExperts
 from mythoslab.recurrence import RMSNorm, SwiGLU
 
@@ -107,7 +107,8 @@ def flops_per_token(n_chosen: int, expert_dim: int, n_shared: int, block: Latent
 
 def main() -> None:
     torch.set_num_threads(1)
-    factors = torch.randn(2, 1024, 1024, requires_grad=True)
+    factors = torch.randn(2, 1024, 1024)
+    other_library = f"mythoslab, {'MKL' if mla.BY_ONE_DNN else 'oneDNN'}"
     for title, (n_experts, expert_dim, n_chosen) in EXPERTS.items():
         torch.manual_seed(0)
         ours = LatentBlock(n_experts, expert_dim, n_chosen)
@@ -126,17 +127,17 @@ def main() -> None:
 
             return step
 
-        def by_mkl(step):
+        def by_the_other(step):
             def run():
-                by_one_dnn, mla.BY_ONE_DNN = mla.BY_ONE_DNN, False
+                chosen, mla.BY_ONE_DNN = mla.BY_ONE_DNN, not mla.BY_ONE_DNN and mla.ONE_DNN is not None
                 step()
-                mla.BY_ONE_DNN = by_one_dnn
+                mla.BY_ONE_DNN = chosen
 
             return run
 
         tasks = {
             "mythoslab": training(ours, ours),
-            "mythoslab, MKL": by_mkl(training(ours, ours)),
+            other_library: by_the_other(training(ours, ours)),
             "transformers": training(library, call_library),
             "OpenMythos": training(other, call_other),
             "mythoslab, wide": training(wide, wide),
@@ -145,20 +146,21 @@ def main() -> None:
             "wide experts alone": training(wide.experts, wide.experts),
             "wide dense alone": training(wide_dense, wide_dense),
             "matrix product": lambda: factors[0] @ factors[1],
-            "by oneDNN": lambda: project(*factors),
         }
+        if mla.ONE_DNN is not None:
+            tasks["by oneDNN"] = lambda: mla.one_dnn(*factors)
         seconds = _medians(tasks, ROUNDS)
         peak = 2 * 1024**3 / seconds["matrix product"]
         print(f"\n{title}: a block forward and backward, {BATCH} × {LENGTH} tokens, one thread, median of {ROUNDS} in turn")
-        print(f"{'':16}{'tokens/s':>12}{'GFLOP/s':>12}{'of the peak':>14}{'ours is':>12}")
-        for name in ("mythoslab", "mythoslab, MKL", "transformers", "OpenMythos", "mythoslab, wide"):
+        print(f"{'':18}{'tokens/s':>12}{'GFLOP/s':>12}{'of the peak':>14}{'ours is':>12}")
+        for name in ("mythoslab", other_library, "transformers", "OpenMythos", "mythoslab, wide"):
             n_shared = n_chosen if name in ("OpenMythos", "mythoslab, wide") else 1
             rate = BATCH * LENGTH * flops_per_token(n_chosen, expert_dim, n_shared, ours) / seconds[name]
             ratio = seconds[name] / seconds["mythoslab"]
-            print(f"{name:16}{BATCH * LENGTH / seconds[name]:12,.0f}{rate / 1e9:12,.1f}{rate / peak:14.0%}{ratio:11.2f}×")
-        for name in ("matrix product", "by oneDNN"):
+            print(f"{name:18}{BATCH * LENGTH / seconds[name]:12,.0f}{rate / 1e9:12,.1f}{rate / peak:14.0%}{ratio:11.2f}×")
+        for name in ("matrix product", "by oneDNN")[: 1 + (mla.ONE_DNN is not None)]:
             rate = 2 * 1024**3 / seconds[name]
-            print(f"{name:16}{'':12}{rate / 1e9:12,.1f}{rate / peak:14.0%}")
+            print(f"{name:18}{'':12}{rate / 1e9:12,.1f}{rate / peak:14.0%}")
         like = seconds["OpenMythos"] / seconds["mythoslab, wide"]
         print(f"OpenMythos' shared expert is as wide as the {n_chosen} chosen ones; with ours as wide, ours is {like:.2f}× as fast")
         for name, kind in (("", f"one shared expert of {expert_dim}"), ("wide ", f"a shared expert of {n_chosen * expert_dim}")):

@@ -10,6 +10,7 @@ __all__ = ['RUN', 'ONE_DNN', 'BY_ONE_DNN', 'MANY_ROWS', 'GroupedQueryAttention',
 # %% ../notebooks/06_mla.ipynb #imports
 import math
 import platform
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -172,12 +173,11 @@ def causal_attention(
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale)
     shape = query.shape[:2]
     query, key, value = (part.flatten(0, 1) for part in (query * scale, key, value))  # (batch · head, position, channel)
-    mixed = []
-    for first in range(0, n_query, RUN):
-        n_run = min(RUN, n_query - first)
-        n_seen = n_key - n_query + first + n_run  # keys up to the last query of the run
-        seen = key.narrow(1, 0, n_seen).mT  # (batch · head, qk_dim, key seen)
-        scores = torch.baddbmm(_hidden(n_run, n_seen, query), query.narrow(1, first, n_run), seen)
+    mixed, n_seen = [], n_key - n_query
+    for run in query.split(RUN, 1):
+        n_run = run.shape[1]
+        n_seen += n_run  # keys up to the last query of the run
+        scores = torch.baddbmm(_hidden(n_run, n_seen, query), run, key.narrow(1, 0, n_seen).mT)  # (batch · head, query, key seen)
         mixed.append(scores.softmax(-1) @ value.narrow(1, 0, n_seen))
     return torch.cat(mixed, 1).unflatten(0, shape)
 
@@ -186,13 +186,16 @@ def causal_attention(
 ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
 
 
-def _made_by_intel() -> bool:
+def _wider_than_mkl_knows() -> bool:
+    """Whether this is an AMD processor that works on 512 bits at once: Zen 5, family 26, or later."""
     told = Path("/proc/cpuinfo")  # of Linux; elsewhere Python may know
-    return "GenuineIntel" in (told.read_text(encoding="utf-8", errors="replace") if told.exists() else platform.processor())
+    told = told.read_text(encoding="utf-8", errors="replace") if told.exists() else platform.processor()
+    family = re.search(r"family\s*:?\s*(\d+)", told, re.IGNORECASE)
+    return "AuthenticAMD" in told and family is not None and int(family[1]) >= 26
 
 
-#: Whether training goes by it: on Intel's own processors MKL has AVX-512, too, and was measured to be faster.
-BY_ONE_DNN = ONE_DNN is not None and not _made_by_intel()
+#: Whether training goes by it: on Intel's processors and on Zen 4, MKL was measured to be as fast or faster.
+BY_ONE_DNN = ONE_DNN is not None and _wider_than_mkl_knows()
 #: Rows from which it was measured to be faster than MKL.
 MANY_ROWS = 32
 

@@ -1,8 +1,5 @@
 """mythoslab.mla: shared key heads, the latent and its cache, two ways to attend, and the checks of the notebook."""
 
-import platform
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -116,16 +113,28 @@ def test_a_projection_is_a_linear_layer_to_whoever_asks():
         assert own(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("told, intel", [("vendor_id : AuthenticAMD", False), ("vendor_id : GenuineIntel", True)])
-def test_intels_own_processors_are_known(told, intel, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "told, wide",
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 97", False),  # Zen 4
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2", True),  # Zen 5
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143", False),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 26", False),
+        ("AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD", False),  # as Windows tells it
+        ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", True),
+        ("AuthenticAMD", False),
+        ("arm", False),
+        ("", False),
+    ],
+)
+def test_the_processors_that_gain_by_one_dnn_are_known(told, wide, monkeypatch, tmp_path):
+    assert mla.BY_ONE_DNN == (mla.ONE_DNN is not None and mla._wider_than_mkl_knows())
     (tmp_path / "cpuinfo").write_text(told)
     monkeypatch.setattr(mla, "Path", lambda _: tmp_path / "cpuinfo")
-    assert mla._made_by_intel() == intel
-    processor = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
+    assert mla._wider_than_mkl_knows() == wide
     monkeypatch.setattr(mla, "Path", lambda _: tmp_path / "missing")
-    monkeypatch.setattr(mla.platform, "processor", lambda: told.partition(" : ")[2])
-    assert mla._made_by_intel() == intel
-    assert mla.BY_ONE_DNN == (mla.ONE_DNN is not None and "GenuineIntel" not in processor)
+    monkeypatch.setattr(mla.platform, "processor", lambda: told)
+    assert mla._wider_than_mkl_knows() == wide
 
 
 def test_only_training_in_plain_float32_goes_to_one_dnn(monkeypatch):
