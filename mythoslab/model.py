@@ -815,7 +815,7 @@ def flops_per_token(config: MythosConfig, n_passes: int | None = None) -> int:
     whole square of the context. A training step does about three times as much. Left out are the norms, the halting head
     and the merging of adapters and of experts' answers.
 
-    Source: Kaplan et al. 2020, section 2.1.
+    Source: after Kaplan et al. 2020, section 2.1, who count half as much for attention, and no output layer.
     """
     n_passes = config.n_passes if n_passes is None else n_passes
     if config.attention == "mla":

@@ -51,7 +51,7 @@ def rotary_angles(n_positions: int, head_dim: int, theta: float = 10000.0) -> Fl
     Args:
         n_positions: Positions, counted from 0.
         head_dim: Channels of a head, even; pair i turns by ``theta ** (-2 i / head_dim)`` radians per position.
-        theta: Base of the wavelengths; the slowest pair needs about 2π · theta positions for a full turn.
+        theta: Base of the wavelengths; the slowest pair turns once in ``2π · theta ** (1 - 2 / head_dim)`` positions.
 
     Raises:
         ValueError: ``head_dim`` is odd.

@@ -554,7 +554,7 @@ def strip_html(pieces: Sequence[str], passes: Sequence[int], most: int | None = 
         light = round(94 - 60 * share)
         ink = "#111" if light > 55 else "#fff"
         shown = html.escape(piece).replace("\n", "⏎<br>")
-        spans.append(f'<span title="{count} passes" style="background:hsl(24 85% {light}%);color:{ink};white-space:pre-wrap">{shown}</span>')
+        spans.append(f'<span title="passes: {count}" style="background:hsl(24 85% {light}%);color:{ink};white-space:pre-wrap">{shown}</span>')
     return f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
 
 

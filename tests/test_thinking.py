@@ -386,7 +386,7 @@ def test_stop_strings_are_a_list_and_none_is_empty(stop):
 def test_strips_show_every_piece_and_darken_with_the_passes():
     pieces, passes = ["a<b", " c\n", "d"], [1, 5, 9]
     shown = strip_html(pieces, passes)
-    assert "a&lt;b" in shown and "⏎<br>" in shown and 'title="5 passes"' in shown
+    assert "a&lt;b" in shown and "⏎<br>" in shown and 'title="passes: 5"' in shown
     light = [int(part.split("%)")[0]) for part in shown.split("85% ")[1:]]
     assert light == sorted(light, reverse=True) and len(set(light)) == 3
     assert "106%" not in strip_html(["x", "y"], [0, 2]) and "270" not in strip_terminal(["x", "y"], [0, 2])  # zero is as light as one

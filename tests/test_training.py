@@ -51,8 +51,8 @@ from mythoslab.training import (
     load_checkpoint,
     lzma_bits,
     make_step,
+    ngram_bits,
     optimisers,
-    order_three_bits,
     passes_late,
     question_loss,
     question_words,
@@ -426,9 +426,11 @@ def test_a_curriculum_goes_deeper_only_when_it_answers():
 
 def test_a_text_too_short_to_count_in_is_named():
     with pytest.raises(ValueError, match="bytes of held-out text is 0; it must be at least 1"):
-        training.order_three_bits("some text", "")
+        training.ngram_bits("some text", "")
     with pytest.raises(ValueError, match="bytes of training text is 2; it must be at least 4"):
-        training.order_three_bits("ab", "some text")
+        training.ngram_bits("ab", "some text")
+    with pytest.raises(ValueError, match="order is 7; it must be from 0 to 6"):
+        training.ngram_bits("some text", "some text", 7)
 
 
 # Losses and steps
@@ -1467,8 +1469,8 @@ def test_the_longest_question_is_as_long_as_is_said(words, kind):
     assert max(lengths) == config.longest_question
 
 
-def by_hand(training, held_out):
-    """The order-three model as its definition reads."""
+def by_hand(training, held_out, order):
+    """The model as its definition reads."""
 
     def chance(context, byte):
         shorter = chance(context[1:], byte) if context else 1 / 256
@@ -1477,22 +1479,22 @@ def by_hand(training, held_out):
         kinds = len(set(followed))
         return (followed.count(byte) + kinds * shorter) / (len(followed) + kinds) if followed else shorter
 
-    text = training[-3:] + held_out
+    text = training[len(training) - order :] + held_out
     return sum(
-        -math.log2(chance(text[place - 3 : place], text[place])) for place in range(3, len(text))
+        -math.log2(chance(text[place - order : place], text[place])) for place in range(order, len(text))
     ) / len(held_out)
 
 
-@given(st.text("abc é", min_size=4, max_size=60), st.text("abcd é", min_size=1, max_size=20))
-def test_order_three_is_what_its_definition_says(training, held_out):
-    expected = by_hand(training.encode(), held_out.encode())
-    assert math.isclose(order_three_bits(training, held_out), expected, rel_tol=1e-9)
+@given(st.text("abc é", min_size=7, max_size=60), st.text("abcd é", min_size=1, max_size=20), st.integers(0, 6))
+def test_counted_bytes_are_what_the_definition_says(training, held_out, order):
+    expected = by_hand(training.encode(), held_out.encode(), order)
+    assert math.isclose(ngram_bits(training, held_out, order), expected, rel_tol=1e-9)
 
 
 def test_order_three_knows_a_rule_of_three_bytes_and_gives_surprises_a_chance():
     training = "abcd" * 500
-    assert order_three_bits(training, "abcd" * 50) < 0.05
-    assert 3 < order_three_bits(training, "\x00\x01" * 20) < 40
+    assert ngram_bits(training, "abcd" * 50) < 0.05
+    assert 3 < ngram_bits(training, "\x00\x01" * 20) < 40
 
 
 def test_lzma_copies_from_anywhere_in_the_training_text():
