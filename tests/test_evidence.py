@@ -94,6 +94,21 @@ def test_the_mean_takes_only_what_is_left_of_the_last_state_that_counts():
     assert torch.allclose(weights[:, 0, 0], torch.tensor([0.6, 0.4, 0.0, 0.0]), atol=1e-6)
 
 
+def test_the_mean_of_an_old_version_goes_on_adding_what_is_missing_to_one():
+    class Head(torch.nn.Module):
+        def forward(self, states):
+            return states[..., 0]
+
+    model = build(GROUPS["failure"][0])
+    model.halting = Head()
+    states = torch.zeros(4, 1, 3, 64)
+    states[..., 0] = torch.tensor([[0.3, 0.695, 0.5, 0.5], [0.6, 0.6, 0.1, 0.1], [0.1, 0.2, 0.3, 0.1]]).T.unsqueeze(1)
+    weights = {kind: evidence.halting_weights(model, states, kind)[:, 0].T for kind in ("mean", "mean of 0.4")}
+    assert torch.allclose(weights["mean"], torch.tensor([[0.3, 0.7, 0, 0], [0.6, 0.4, 0, 0], [0.1, 0.2, 0.3, 0.1]]), atol=1e-6)
+    old = torch.tensor([[0.3, 0.7, 0.005, 0.005], [0.6, 0.4, 0, 0], [0.1, 0.2, 0.3, 0.1]])
+    assert torch.allclose(weights["mean of 0.4"], old, atol=1e-6)
+
+
 def test_facts_that_rest_show_what_they_were_after_two_passes():
     batch = fact_list(2, max_depth=9, generator=torch.Generator().manual_seed(0))
     model, trial = build(Trial("x")).eval(), Trial("x")

@@ -56,8 +56,9 @@ class Trial:
         model: What its configuration changes in that of :data:`MODELS`.
         n_steps: Steps of training.
         taught: ``"links"``, every pass what is one link further; ``"answers"``, every pass the answer; ``"answer"``, only the last pass.
-        answers: From the ``"last"`` state, or from the ``"mean"`` of all, weighted by the halting head (adaptive computation time). Where
-            every pass is taught its link, the mean is not trained, and the head is taught when to stop before it is read.
+        answers: From the ``"last"`` state, or from the ``"mean"`` of all, weighted by the halting head (adaptive computation time), or
+            from the ``"mean of 0.4"``, as OpenMythos weighted it before version 0.5. Where every pass is taught its
+            link, the mean is not trained, and the head is taught when to stop before it is read.
         passes: Of every step; 0 to draw them anew at each.
         curriculum: Begin with one link, and go one further whenever nineteen of twenty are right.
         n_facts: Most facts of a list in training.
@@ -139,6 +140,7 @@ GROUPS = {
         Trial("normed state, mean", taught="answer", answers="mean", model=dict(qk_norm=False)),
         Trial("normed state, mean, head shut", taught="answer", answers="mean", model=dict(qk_norm=False), head=-6.0),
         Trial("mean, head taught to stop", answers="mean"),
+        Trial("theirs, mean of 0.4", **_theirs | dict(answers="mean of 0.4"), model=_as_theirs),
     ),
     "chains": (
         Trial("ours", **_chains),
@@ -151,6 +153,7 @@ GROUPS = {
     ),
     "text": (
         Trial("theirs", **_text | _theirs, model=_as_theirs),
+        Trial("theirs, mean of 0.4", **_text | _theirs | dict(answers="mean of 0.4"), model=_as_theirs),
         Trial("theirs, head shut", **_text | _theirs, model=_as_theirs, head=-6.0),
         Trial("theirs, last state", **_text | _theirs | dict(answers="last"), model=_as_theirs),
         Trial("+ passes drawn", **_text | _theirs | dict(passes=0), model=_as_theirs),
@@ -304,14 +307,20 @@ def answer_state(model: Mythos, states: Tensor, trial: Trial) -> Tensor:
     """
     if trial.answers == "last":
         return states[-1]
-    return (halting_weights(model, states).unsqueeze(-1) * states).sum(0)
+    return (halting_weights(model, states, trial.answers).unsqueeze(-1) * states).sum(0)
 
 
-def halting_weights(model: Mythos, states: Tensor) -> Tensor:
-    """What each state counts for in the mean, (pass, batch, position): what its halting head says, until 0.99 are spent."""
+def halting_weights(model: Mythos, states: Tensor, answers: str = "mean") -> Tensor:
+    """What each state counts for in the mean, (pass, batch, position): what its halting head says, until 0.99 are spent.
+
+    With ``"mean of 0.4"`` every later state counts for what is then missing to one, as it did before version 0.5 of OpenMythos.
+    """
     halts = model.halting(states)
     spent = halts.cumsum(0)
-    return torch.where(spent < 0.99, halts, 1 - (spent - halts)) * (spent - halts < 0.99)
+    goes_on = spent - halts < 0.99
+    weights = torch.where(spent < 0.99, halts, 1 - (spent - halts))
+    later = (1 - (halts * goes_on).sum(0)).clamp(min=0) if answers == "mean of 0.4" else 0.0
+    return torch.where(goes_on, weights, later)
 
 
 def learn(trial: Trial, model: Mythos) -> dict[int, float]:
@@ -454,9 +463,15 @@ def stopping(model: Mythos, trial: Trial, length: int, *, n_lists: int = 64) -> 
 
 
 @torch.no_grad()
-def weights_of_passes(model: Mythos, tokens: Tensor, asked: Tensor, n_passes: int = 32) -> list[float]:
+def weights_of_passes(model: Mythos, tokens: Tensor, asked: Tensor, answers: str = "mean", n_passes: int = 32) -> list[float]:
     """What the state of each pass counts for in the mean of all, averaged over what is asked."""
-    return [round(weight, 4) for weight in halting_weights(model, model.think(tokens, n_passes))[:, asked].mean(1).tolist()]
+    return [round(weight, 4) for weight in halting_weights(model, model.think(tokens, n_passes), answers)[:, asked].mean(1).tolist()]
+
+
+@torch.no_grad()
+def size_of_states(model: Mythos, tokens: Tensor, asked: Tensor, n_passes: int = 32) -> list[float]:
+    """The root mean square of a state after each pass, averaged over what is asked."""
+    return [round(size, 3) for size in model.think(tokens, n_passes)[:, asked].square().mean(-1).sqrt().mean(1).tolist()]
 
 
 class Averaged(nn.Module):
@@ -482,9 +497,9 @@ def measure(trial: Trial, model: Mythos) -> dict:
         n_bytes = len(text.words.tokenizer.decode(tokens.tolist()).encode())
         answering = Averaged(model, trial)
         found = {}
-        if trial.answers == "mean":
+        if trial.answers != "last":
             seen = tokens[: 20 * trial.config.context_length].view(20, -1)
-            found["weights_of_passes"] = weights_of_passes(model, seen, torch.ones_like(seen, dtype=torch.bool))
+            found["weights_of_passes"] = weights_of_passes(model, seen, torch.ones_like(seen, dtype=torch.bool), trial.answers)
         return found | {"bits": {str(count): round(held_out_bits(answering, tokens, n_bytes, n_passes=count), 4) for count in counts}}
     lengths = (6, 10, 20, 40) if trial.task == "facts" else (6, 10, 16, 20)
     found: dict = {"running": {}, "resting": {}}
@@ -497,9 +512,13 @@ def measure(trial: Trial, model: Mythos) -> dict:
         found["running"][str(length)] = stairs(model, trial, length, counts, rest=False)
         if can_stop:
             found["resting"][str(length)] = stairs(model, trial, length, counts, rest=True)
-    if trial.answers == "mean":
+    if trial.answers != "last":
         batch = questions(trial, 64, max_depth=5, generator=torch.Generator().manual_seed(1006))
-        found["weights_of_passes"] = weights_of_passes(model, batch.tokens, batch.difficulty >= 0)
+        asked = batch.tokens, batch.difficulty >= 0
+        found["weights_of_passes"] = weights_of_passes(model, *asked, trial.answers)
+        found["size_of_states"] = size_of_states(model, *asked)
+    if trial.answers == "mean of 0.4":
+        found["read_as_mean"] = stairs(model, replace(trial, answers="mean"), 6, [8, 16, 64], rest=False)
     if can_stop:
         found["stopping"] = {str(length): stopping(model, trial, length) for length in lengths}
     return found
