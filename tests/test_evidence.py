@@ -94,7 +94,7 @@ def test_the_mean_takes_only_what_is_left_of_the_last_state_that_counts():
     assert torch.allclose(weights[:, 0, 0], torch.tensor([0.6, 0.4, 0.0, 0.0]), atol=1e-6)
 
 
-def test_the_mean_of_an_old_version_goes_on_adding_what_is_missing_to_one():
+def test_the_mean_of_an_old_version_goes_on_adding_what_its_head_has_not_spent():
     class Head(torch.nn.Module):
         def forward(self, states):
             return states[..., 0]

@@ -313,7 +313,8 @@ def answer_state(model: Mythos, states: Tensor, trial: Trial) -> Tensor:
 def halting_weights(model: Mythos, states: Tensor, answers: str = "mean") -> Tensor:
     """What each state counts for in the mean, (pass, batch, position): what its halting head says, until 0.99 are spent.
 
-    With ``"mean of 0.4"`` every later state counts for what is then missing to one, as it did before version 0.5 of OpenMythos.
+    With ``"mean of 0.4"`` every later state counts for one minus the probabilities spent, if that is above zero, as it did
+    before version 0.5 of OpenMythos; so the weights can sum to more than one.
     """
     halts = model.halting(states)
     spent = halts.cumsum(0)
