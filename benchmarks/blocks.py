@@ -129,7 +129,7 @@ def main() -> None:
 
         def by_the_other(step):
             def run():
-                chosen, mla.BY_ONE_DNN = mla.BY_ONE_DNN, not mla.BY_ONE_DNN and mla.ONE_DNN is not None
+                chosen, mla.BY_ONE_DNN = mla.BY_ONE_DNN, not mla.BY_ONE_DNN
                 step()
                 mla.BY_ONE_DNN = chosen
 
@@ -137,7 +137,6 @@ def main() -> None:
 
         tasks = {
             "mythoslab": training(ours, ours),
-            other_library: by_the_other(training(ours, ours)),
             "transformers": training(library, call_library),
             "OpenMythos": training(other, call_other),
             "mythoslab, wide": training(wide, wide),
@@ -148,17 +147,17 @@ def main() -> None:
             "matrix product": lambda: factors[0] @ factors[1],
         }
         if mla.ONE_DNN is not None:
-            tasks["by oneDNN"] = lambda: mla.one_dnn(*factors)
+            tasks |= {other_library: by_the_other(training(ours, ours)), "by oneDNN": lambda: mla.one_dnn(*factors)}
         seconds = _medians(tasks, ROUNDS)
         peak = 2 * 1024**3 / seconds["matrix product"]
         print(f"\n{title}: a block forward and backward, {BATCH} × {LENGTH} tokens, one thread, median of {ROUNDS} in turn")
         print(f"{'':18}{'tokens/s':>12}{'GFLOP/s':>12}{'of the peak':>14}{'ours is':>12}")
-        for name in ("mythoslab", other_library, "transformers", "OpenMythos", "mythoslab, wide"):
+        for name in filter(seconds.get, ("mythoslab", other_library, "transformers", "OpenMythos", "mythoslab, wide")):
             n_shared = n_chosen if name in ("OpenMythos", "mythoslab, wide") else 1
             rate = BATCH * LENGTH * flops_per_token(n_chosen, expert_dim, n_shared, ours) / seconds[name]
             ratio = seconds[name] / seconds["mythoslab"]
             print(f"{name:18}{BATCH * LENGTH / seconds[name]:12,.0f}{rate / 1e9:12,.1f}{rate / peak:14.0%}{ratio:11.2f}×")
-        for name in ("matrix product", "by oneDNN")[: 1 + (mla.ONE_DNN is not None)]:
+        for name in filter(seconds.get, ("matrix product", "by oneDNN")):
             rate = 2 * 1024**3 / seconds[name]
             print(f"{name:18}{'':12}{rate / 1e9:12,.1f}{rate / peak:14.0%}")
         like = seconds["OpenMythos"] / seconds["mythoslab, wide"]

@@ -187,8 +187,8 @@ ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 def _wider_than_mkl_knows() -> bool:
     """Whether this is an AMD processor that works on 512 bits at once: Zen 5, family 26, or later."""
-    told = Path("/proc/cpuinfo")  # of Linux; elsewhere Python may know
-    told = told.read_text(encoding="utf-8", errors="replace") if told.exists() else platform.processor()
+    of_linux = Path("/proc/cpuinfo")  # elsewhere Python may know
+    told = of_linux.read_text(encoding="utf-8", errors="replace") if of_linux.exists() else platform.processor()
     family = re.search(r"family\s*:?\s*(\d+)", told, re.IGNORECASE)
     return "AuthenticAMD" in told and family is not None and int(family[1]) >= 26
 

@@ -191,7 +191,7 @@ def test_a_line_is_mended_in_place_and_nothing_whole_is_written_again(quick, tmp
     path.write_bytes(whole + b'{"trial": ')
     monkeypatch.setattr(Path, "write_text", None)  # would empty the file first
     evidence.add_result(path, {"trial": {"name": "four"}})
-    assert path.read_bytes() == whole + b'{"trial": {"name": "four"}}\n'
+    assert path.read_bytes() == whole + b'{"trial":{"name":"four"}}\n'
 
 
 def test_a_whole_line_without_its_end_stays(quick, tmp_path):
@@ -200,7 +200,7 @@ def test_a_whole_line_without_its_end_stays(quick, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole.rstrip(b"\n"))
     evidence.add_result(path, {"trial": {"name": "four"}})
-    assert path.read_bytes() == whole + b'{"trial": {"name": "four"}}\n'
+    assert path.read_bytes() == whole + b'{"trial":{"name":"four"}}\n'
 
 
 def test_another_file_is_not_taken_for_a_broken_line(quick, tmp_path):

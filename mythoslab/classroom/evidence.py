@@ -572,7 +572,7 @@ def add_result(path: Path, record: dict) -> None:
     """Write a record as one line at the end of the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with path.open("a+b", buffering=0) as file:  # in one piece, so that another process never reads half a line
             file.seek(0)
             written = file.read()
