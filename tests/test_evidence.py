@@ -252,6 +252,17 @@ def test_stopping_says_that_the_same_command_goes_on(quick, tmp_path, monkeypatc
     assert "the same command goes on" in capsys.readouterr().err
 
 
+def test_what_is_rare_is_tried_with_four_times_as_many_seeds_and_after_the_others():
+    trials = planned(n_seeds=2)
+    seeds = {}
+    for trial in trials:
+        seeds.setdefault((trial.task, trial.name), []).append(trial.seed)
+    more = {key for key, found in seeds.items() if found == list(range(8))}
+    assert more == {("facts", name) for name in evidence.RARE}
+    assert all(found == [0, 1] for key, found in seeds.items() if key not in more)
+    assert {trial.seed for trial in trials[: 2 * len(seeds)]} == {0, 1} and len({trial.key for trial in trials}) == len(trials)
+
+
 def test_the_stored_results_are_of_trials_that_are_planned():
     stored, keys = read_results(DATA / "evidence.jsonl"), {trial.key for trial in planned()}
     assert stored and set(stored) <= keys

@@ -28,6 +28,7 @@ from .course import UserError, can_write, shown
 LABELS, COLOURS = 80, 8
 DEPTH = 5  # links of the longest questions in training
 SEEDS = 3
+RARE = ("theirs", "theirs, mean of 0.4")  # on facts with four times as many: what befalls one model in four is seldom seen in three
 TASKS = {
     "facts": "one token for each fact, then the questions, read from left to right",
     "chains": "the same written in words, through the tokenizer",
@@ -588,15 +589,16 @@ def add_result(path: Path, record: dict) -> None:
 
 
 def planned(only: str | None = None, n_seeds: int = SEEDS) -> list[Trial]:
-    """The trials of a group, or all, one seed after the other.
+    """The trials of a group, or all, one seed after the other; those of :data:`RARE` go on when the others have had theirs.
 
     Raises:
         ValueError: There is no such group, or there are no seeds.
     """
     require(only is None or only in GROUPS, "the group", only, f"one of {', '.join(GROUPS)}")
     require(n_seeds >= 1, "the number of seeds", n_seeds, "at least 1")
-    groups = list(GROUPS) if only is None else [only]
-    return [replace(trial, seed=seed) for seed in range(n_seeds) for group in groups for trial in GROUPS[group]]
+    trials = [trial for group in (GROUPS if only is None else [only]) for trial in GROUPS[group]]
+    rare = [trial for trial in trials if trial.task == "facts" and trial.name in RARE]
+    return [replace(trial, seed=seed) for seed in range(4 * n_seeds) for trial in (trials if seed < n_seeds else rare)]
 
 
 def evidence(path: str | Path, only: str | None = None, n_seeds: int = SEEDS) -> None:
