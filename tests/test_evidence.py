@@ -61,6 +61,18 @@ def test_a_bare_core_has_no_norm_and_else_the_weights_of_ours():
     assert grown[0][19] < 1.5 * grown[0][0] and grown[1][19] > 4 * grown[1][0]
 
 
+def test_the_normed_state_of_their_loop_cannot_grow():
+    batch = fact_list(2, max_depth=3, generator=torch.Generator().manual_seed(0))
+    sizes = {}
+    for core in ("theirs", "theirs, normed"):
+        model = build(Trial("x", core=core))
+        with torch.no_grad():
+            for weight in model.core.blocks.parameters():
+                weight.mul_(10)
+            sizes[core] = model.think(batch.tokens, 20).square().mean(-1).sqrt()
+    assert sizes["theirs"].max() > 3 and torch.allclose(sizes["theirs, normed"], torch.ones(()), atol=1e-3)
+
+
 def test_a_mean_is_read_when_its_head_has_been_taught(monkeypatch):
     calls = []
     monkeypatch.setattr(evidence, "learn_halting", lambda *given: calls.append("taught"))

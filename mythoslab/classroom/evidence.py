@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..model import Core, Mythos, MythosConfig, initialise
 from ..moe import MixtureOfExperts
 from ..questions import Tokenizer, forest, reference_documents, require, split, text_batches, two_chains
+from ..recurrence import RMSNorm
 from ..thinking import think
 from ..training import Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, halting_loss, held_out_bits, optimisers
 from ..training import question_words, schedule, training_step
@@ -28,7 +29,7 @@ from .course import UserError, can_write, shown
 LABELS, COLOURS = 80, 8
 DEPTH = 5  # links of the longest questions in training
 SEEDS = 3
-RARE = ("theirs", "theirs, mean of 0.4")  # on facts with four times as many: what befalls one model in four is seldom seen in three
+RARE = ("theirs", "theirs, mean of 0.4", "theirs, mean of 0.4, normed")  # on facts with four times as many: what befalls one model in four is seldom seen in three
 TASKS = {
     "facts": "one token for each fact, then the questions, read from left to right",
     "chains": "the same written in words, through the tokenizer",
@@ -64,7 +65,7 @@ class Trial:
         curriculum: Begin with one link, and go one further whenever nineteen of twenty are right.
         n_facts: Most facts of a list in training.
         core: ``"ours"``; ``"bare"``, that without a norm of the state; ``"stack"``, a block for every pass; ``"theirs"``, the update of
-            OpenMythos; ``"no index"``, that without the number of the pass.
+            OpenMythos; ``"no index"``, that without the number of the pass; ``"theirs, normed"``, that with a norm of the state.
         head: Bias that the halting head begins with: 0 for one half, and far below it for a head that hardly stops anything.
         seed: Of weights and questions.
     """
@@ -142,6 +143,7 @@ GROUPS = {
         Trial("normed state, mean, head shut", taught="answer", answers="mean", model=dict(qk_norm=False), head=-6.0),
         Trial("mean, head taught to stop", answers="mean"),
         Trial("theirs, mean of 0.4", **_theirs | dict(answers="mean of 0.4"), model=_as_theirs),
+        Trial("theirs, mean of 0.4, normed", **_theirs | dict(answers="mean of 0.4", core="theirs, normed"), model=_as_theirs),
     ),
     "chains": (
         Trial("ours", **_chains),
@@ -236,6 +238,17 @@ class TheirsWithoutIndex(Theirs):
     says_pass = False
 
 
+class TheirsNormed(Theirs):
+    """The same with a norm of the state after every pass, so that it cannot grow."""
+
+    def __init__(self, config: MythosConfig):
+        super().__init__(config)
+        self.state_norm = RMSNorm(config.dim)
+
+    def one_pass(self, state, inputs, pass_index, shown=None):
+        return self.state_norm(super().one_pass(state, inputs, pass_index, shown))
+
+
 def build(trial: Trial) -> Mythos:
     """The model of a trial, not trained yet."""
     config = trial.config
@@ -243,7 +256,7 @@ def build(trial: Trial) -> Mythos:
     model = Mythos(config)
     if trial.task == "facts":
         model.embedding = PackedFacts(config.dim)
-    cores = {"bare": Bare, "stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex}
+    cores = {"bare": Bare, "stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex, "theirs, normed": TheirsNormed}
     if trial.core in cores:
         model.core = cores[trial.core](config)
         initialise(model)
