@@ -29,7 +29,8 @@ from .course import UserError, can_write, shown
 LABELS, COLOURS = 80, 8
 DEPTH = 5  # links of the longest questions in training
 SEEDS = 3
-RARE = ("theirs", "theirs, mean of 0.4", "theirs, mean of 0.4, normed")  # on facts with four times as many: what befalls one model in four is seldom seen in three
+# On facts with four times as many: what befalls one model in four is seldom seen in three.
+RARE = ("theirs", "theirs, mean of 0.4", "theirs, mean of 0.4, normed")
 TASKS = {
     "facts": "one token for each fact, then the questions, read from left to right",
     "chains": "the same written in words, through the tokenizer",
@@ -239,7 +240,7 @@ class TheirsWithoutIndex(Theirs):
 
 
 class TheirsNormed(Theirs):
-    """The same with a norm of the state after every pass, so that it cannot grow."""
+    """Their loop with a norm of the state after every pass, so that it cannot grow."""
 
     def __init__(self, config: MythosConfig):
         super().__init__(config)
