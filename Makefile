@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-OPEN_MYTHOS := $(VENV)/open-mythos
+OPEN_MYTHOS := $(VENV)/open-mythos/.installed
 ARGS ?=
 # In a container everybody is root, and JupyterLab starts for root only when told to.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -47,7 +47,8 @@ train: $(INSTALLED)
 
 # To compare with, apart from everything else, and without what it would bring along.
 $(OPEN_MYTHOS):
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ "open-mythos>=0.5,<0.6"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) "open-mythos>=0.5,<0.6"
+	@touch $@
 
 bench: $(INSTALLED) $(OPEN_MYTHOS)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--text", metavar="FILE", help="UTF-8 text; the Python reference by default")
     command.add_argument("--out", metavar="DIR", help="folder to save to; runs/NAME by default")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another model")
-    command.add_argument("--steps", type=int, metavar="N", help="training steps; those of the preset by default")
+    command.add_argument("--steps", type=int, metavar="N", help="steps of training, without those of the halting head; those of the preset by default")
     command.add_argument("--resume", action="store_true", help="go on where the same command was interrupted")
     command.set_defaults(run=_train)
 
@@ -146,13 +146,14 @@ def _train_forest(options):
     from .questions import two_chains
     from .recurrence import ForestModel, accuracy_by_depth, save_forest, train_forest
 
-    steps, out = 1000 if options.steps is None else options.steps, Path(options.out or "runs/forest")
+    steps, out = 1000 if options.steps is None else options.steps, Path("runs/forest" if options.out is None else options.out)
     if options.resume:
         raise ValueError("--resume goes with a language model: the preset forest takes a minute, train it anew")
     if options.text is not None:
         raise ValueError("--text goes with a language model: the preset forest is trained on questions")
-    if steps < 1:
-        raise ValueError(f"--steps is {steps}; it must be at least 1")
+    for name, value, least in (("steps", steps, 1), ("seed", options.seed, 0)):
+        if not least <= value < 2**62:
+            raise ValueError(f"--{name} is {value}; it must be at least {least}, and below 2**62")
     can_write(out)
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -181,6 +182,8 @@ def _ask(options):
 
     model, tokenizer = load(options.folder)
     passes = usual_passes(model) if options.passes is None else options.passes
+    if passes > 10_000:
+        raise ValueError(f"--passes is {passes}; it must be at most 10,000: each takes memory")
     pieces = write_text(
         model.to(choose_device()),
         tokenizer,

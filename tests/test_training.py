@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safetensors.torch import load_file, save_file
+
 from mythoslab import cli, training
 from mythoslab.classroom.checks import reference
 from mythoslab.model import Mythos, MythosConfig, generate
@@ -1142,6 +1144,44 @@ def test_how_often_a_run_is_saved_may_change(interrupted, words, data):
     train(new_model(words), data, replace(PLAN, save_every=1), words=words, folder=interrupted[0], resume=True)
 
 
+def test_a_second_run_into_a_folder_is_refused_and_costs_the_first_nothing(words, data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with training.alone_in(folder):
+        (folder / "log.jsonl").write_text("of the first", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"another run is writing to {folder}"):
+            train(new_model(words), data, PLAN, words=words, folder=folder)
+        assert (folder / "log.jsonl").read_text(encoding="utf-8") == "of the first"
+    assert len(train(new_model(words), data, PLAN, words=words, folder=folder)) == 6
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(words, data, tmp_path):
+    with pytest.raises(ValueError):
+        train(new_model(words), data[:3], PLAN, words=words, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["curriculum"].update(speed=3),
+        lambda state: state["history"][0].append(1),
+        lambda state: state.pop("history"),
+        lambda state: state["config"].update(swing=2),
+    ],
+)
+def test_a_run_of_another_version_is_refused_in_one_sentence(interrupted, words, data, change):
+    folder, checkpoints = interrupted
+    newest = checkpoints[-1]
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    change(state)
+    (newest / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    contents = [(newest / name).read_bytes() for name in training.PARTS]
+    (newest / "sha256").write_bytes(training._digest(contents))
+    with pytest.raises(ValueError, match="remove the folder to begin anew$"):
+        train(new_model(words), data, PLAN, words=words, folder=folder, resume=True)
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_on_from(words, data, tmp_path):
     folder = tmp_path / "run"
     for _ in range(2):
@@ -1600,6 +1640,36 @@ def test_a_folder_with_other_files_is_never_replaced(trained, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("name", ["README.md", "log.jsonl", "results.json", "tensorboard"])
+def test_what_lies_where_no_model_does_is_somebodys_own(trained, tmp_path, name):
+    (tmp_path / name).write_text("my notes")
+    with pytest.raises(ValueError, match=f"what lies in .* is '{name}'"):
+        save(tmp_path, trained[1], trained[0])
+    assert (tmp_path / name).read_text() == "my notes"
+
+
+def test_a_description_that_somebody_wrote_of_a_model_is_not_replaced(trained, tmp_path):
+    save(tmp_path / "model", trained[1], trained[0])
+    (tmp_path / "model" / "README.md").write_text("my notes")
+    with pytest.raises(ValueError, match="README.md"):
+        save(tmp_path / "model", trained[1], trained[0])
+
+
+def test_a_folder_that_a_new_one_cannot_replace_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the folder to save to is .*; it must be one inside the current folder"):
+        training.can_save(".")
+    with pytest.raises(ValueError, match="inside what is mounted there"):
+        training.can_save(next(folder for folder in ("/proc", "/dev", "/") if os.path.ismount(folder)))
+
+
+def test_a_model_is_saved_where_a_link_points(trained, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    save(tmp_path / "link", trained[1], trained[0])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
 def damage_config(folder):
     (folder / "config.json").write_text("{")
 
@@ -1636,10 +1706,30 @@ def damage_vocabulary(folder):
     Tokenizer.train("short", 300).save(folder / "tokenizer.json")
 
 
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: change(name, weight) for name, weight in weights.items()}, folder / "model.safetensors")
+
+
+def damage_number(folder):
+    change_weights(folder, lambda name, weight: weight.masked_fill(torch.arange(len(weight)).view(-1, *[1] * (weight.dim() - 1)) == 0, math.nan))
+
+
+def damage_dtype(folder):
+    change_weights(folder, lambda name, weight: weight.half() if "core" in name else weight)
+
+
+def damage_whole(folder):
+    change_weights(folder, lambda name, weight: weight.int())
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         damage_config,
+        damage_number,
+        damage_dtype,
+        damage_whole,
         damage_width,
         damage_blocks,
         damage_weights,
@@ -1783,6 +1873,46 @@ def test_ctrl_c_in_the_second_stage_says_how_to_go_on_too(small, monkeypatch, ca
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"saved in {out}.training: the same command with --resume goes on")
     assert not out.exists()
     assert cli.main([*words, "--resume"]) == 0 and load(out)
+
+
+def test_what_stops_the_measuring_costs_nothing(small, monkeypatch, capsys):
+    words, out = small
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "measure", interrupted)
+        assert cli.main(words) == 130
+    told = capsys.readouterr()
+    assert f"saved to {out}; measuring it" in told.out and told.err.splitlines()[-1].endswith("the same command with --resume goes on")
+    assert load(out) and not (out / "results.json").exists()
+    write_text = Path.write_text
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda path, *given, **kind: full() if path.name == ".results.part" else write_text(path, *given, **kind))
+        assert cli.main([*words, "--resume"]) == 2
+    told = capsys.readouterr()
+    assert "bits per byte of the held-out text" in told.out  # what was measured is not lost
+    assert told.err.splitlines()[-1].endswith("(No space left on device): make room, then the same command with --resume goes on")
+    assert cli.main([*words, "--resume"]) == 0
+    assert json.loads((out / "results.json").read_text(encoding="utf-8"))["run"]["n_steps"] == 6 and list(out.parent.iterdir()) == [out]
+
+
+def test_a_text_of_which_hardly_anything_is_held_out_is_refused_before_training(small, monkeypatch, capsys):
+    words, out = small
+    monkeypatch.setattr(training, "split", lambda text: (text, "a"))
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == "mythoslab: the number of tokens held out is 1; it must be at least 2: give a longer text\n"
+    assert not out.exists()
+
+
+def test_the_command_that_is_printed_can_be_run(small, capsys):
+    words, out = small
+    assert cli.main([*words[:-1], f"{out} of mine"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"--from '{out} of mine'")
 
 
 def test_a_full_disk_in_the_end_costs_nothing(small, monkeypatch, capsys):

@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 def workbooks() -> Path:
     """Folder of the learner's workbooks: ``$MYTHOSLAB_WORKBOOKS``, from the course's folder on, or ``workbooks`` in it."""
-    return Path(ROOT, Path(os.environ.get("MYTHOSLAB_WORKBOOKS") or "workbooks").expanduser()).resolve()
+    return Path(ROOT, os.path.expanduser(os.environ.get("MYTHOSLAB_WORKBOOKS") or "workbooks")).resolve()
 
 
 def saved_modules() -> Path:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .course import ROOT, shown, workbooks
+from .course import shown, workbooks
 
 __all__ = ["doctor", "mps_problem"]
 
@@ -26,7 +26,7 @@ def doctor() -> bool:
         _course_extra(),
         _widgets(),
         _writable(workbooks()),
-        _writable(ROOT / "runs"),
+        _writable(Path("runs").absolute()),  # where `mythoslab train` writes
     ]
     for what, is_, remedy in findings:
         print(f"{'wrong' if remedy else 'ok':<6} {what:<10} {is_}{f' – {remedy}' if remedy else ''}")

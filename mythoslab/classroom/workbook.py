@@ -18,7 +18,7 @@ def write_workbooks(topic: str | None = None) -> None:
     Raises:
         ValueError: there is no such topic, or the folder of workbooks cannot be written.
     """
-    for notebook in [notebook_of(topic)] if topic else notebooks():
+    for notebook in notebooks() if topic is None else [notebook_of(topic)]:
         workbook = workbooks() / notebook.name
         if workbook.exists():
             print(f"{shown(workbook)} exists and stays as it is; rename it to get a fresh one")
