@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN', 'ONE_DNN', 'BY_ONE_DNN', 'MANY_ROWS', 'GroupedQueryAttention', 'LatentCache', 'causal_attention',
            'learns_by_one_dnn', 'one_dnn', 'project', 'Projection', 'expanded_attention', 'absorbed_attention',
-           'rotate_each', 'seen_from', 'attention_at', 'MultiHeadLatentAttention']
+           'rotate_each', 'seen_from', 'attention_at', 'MultiHeadLatentAttention', 'published']
 
 # %% ../notebooks/06_mla.ipynb #imports
 import math
@@ -110,7 +110,7 @@ class LatentCache:
         """Keep new positions after those that are filled; return all of the pass, the new ones included.
 
         Raises:
-            ValueError: They do not fit, or differ in batch, width, dtype or device, or ``pass_index`` is negative.
+            ValueError: They do not fit, differ in batch, width, dtype or device, or want a gradient; or ``pass_index`` is negative.
         """
         n_slots, batch_size, max_positions, width = self.memory.shape
         n_new = new.shape[1]
@@ -121,8 +121,10 @@ class LatentCache:
         free = max_positions - self.length
         require(n_new <= free, "the number of new positions", n_new, f"at most {free}: {self.length} of {max_positions} are filled")
         require(pass_index >= 0, "pass_index", pass_index, "at least 0: it counts from 0")
+        learns = torch.is_grad_enabled() and new.requires_grad
+        require(not learns, "new", "part of a gradient", "written under torch.no_grad(): none goes through a cache")
         slot = self.memory.select(0, min(pass_index, n_slots - 1))
-        slot.index_copy_(1, torch.arange(self.length, self.length + n_new, device=new.device), new.detach())
+        slot.index_copy_(1, torch.arange(self.length, self.length + n_new, device=new.device), new)
         return slot.narrow(1, 0, self.length + n_new)
 
     def advance(self, n_positions: int) -> None:
@@ -457,7 +459,8 @@ class MultiHeadLatentAttention(nn.Module):
             state_dict: Weights of the layer under their published names, with or without what stands before them.
 
         Raises:
-            ValueError: The weights are those of no layer or of several, have biases, or use unknown positions.
+            ValueError: The config lacks a size, or the weights are those of no layer or of several, have biases, or use unknown
+                positions. Those of YaRN are in the config alone: build it anew from there, not from a state_dict.
         """
         return _read_deepseek(cls, config, state_dict)
 
@@ -469,6 +472,12 @@ class MultiHeadLatentAttention(nn.Module):
         }
 
 # %% ../notebooks/06_mla.ipynb #deepseek
+def published(config: object, name: str, default: object = None) -> object:
+    """What a published configuration, a dict or an object, says under a name; ``default`` where it says nothing."""
+    found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    return default if found is None else found
+
+
 def _pairs(weight: Tensor, name: str, attention: MultiHeadLatentAttention, *, to_neighbours: bool) -> Tensor:
     """Reorder the rows that make rotated channels: neighbours (0, 1) ↔ halves (0, half)."""
     if not name.startswith(("q_proj.", "q_b_proj.", "kv_a_proj_with_mqa.")):
@@ -485,6 +494,8 @@ def _yarn(positions: Mapping, n_rope: int, theta: float) -> tuple[tuple[float, .
 
     Source: Peng et al. 2023 (YaRN), section 3; the factor as DeepSeek-V2 and V3 use it.
     """
+    for name in ("factor", "original_max_position_embeddings"):
+        require(name in positions, f"{name} of the rotary positions in config", "missing", "given")
     factor, original = positions["factor"], positions["original_max_position_embeddings"]
 
     def channel(turns):
@@ -508,7 +519,9 @@ def _yarn(positions: Mapping, n_rope: int, theta: float) -> tuple[tuple[float, .
 def _read_deepseek(
     cls: type[MultiHeadLatentAttention], config: object, state_dict: Mapping[str, Tensor]
 ) -> MultiHeadLatentAttention:
-    read = config.get if isinstance(config, Mapping) else lambda name, *default: getattr(config, name, *default)
+    read = partial(published, config)
+    for name in ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        require(read(name) is not None, f"{name} in config", "missing", "given")
     ending = "kv_b_proj.weight"
     prefixes = [name.removesuffix(ending) for name in state_dict if name.endswith(ending)]
     require(len(prefixes) == 1, "the number of layers in state_dict", len(prefixes), f"1, with one name that ends in {ending}")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CHOICES', 'PRESETS', 'is_whole', 'MythosConfig', 'linear_layers', 'Shown', 'ThoughtCache', 'KeyValueAttention',
            'make_attention', 'kept_width', 'MythosBlock', 'AdaptedMythosBlock', 'AddInjection', 'LinearInjection',
-           'NoInjection', 'make_injection', 'Core', 'StopHead', 'TokenShift', 'initialise', 'Thought', 'Mythos',
-           'count_parameters', 'flops_per_token', 'cache_bytes_per_token', 'preset', 'sample', 'in_use', 'generate']
+           'NoInjection', 'make_injection', 'Core', 'StopHead', 'TokenShift', 'initialise', 'Thought', 'check_tokens',
+           'Mythos', 'count_parameters', 'flops_per_token', 'cache_bytes_per_token', 'preset', 'sample', 'in_use',
+           'generate']
 
 # %% ../notebooks/08_model.ipynb #imports
 import json
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Bool, Float, Int64
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .depth_lora import AdaptedBlock, PassEmbedding
@@ -411,7 +412,9 @@ class MythosBlock(nn.Module):
         self.experts = core and config.ffn == "moe"
         if self.experts:
             counts = ("n_routed_experts", "n_experts_per_token", "n_shared_experts", "n_passes")
-            self.ffn = MixtureOfExperts(config.dim, config.expert_dim, **{name: getattr(config, name) for name in counts})
+            several = config.n_experts_per_token > 1  # scaled to one, a single weight is always one, and its router learns nothing
+            counted = {name: getattr(config, name) for name in counts}
+            self.ffn = MixtureOfExperts(config.dim, config.expert_dim, norm_topk_prob=several, **counted)
         else:
             self.ffn = SharedExperts(config.dim, config.hidden_dim)  # all tokens share it
 
@@ -609,7 +612,7 @@ def initialise(model: nn.Module) -> None:
 
     Every matrix starts with deviation ``1/√(channels in)``, and those of a block that add to the stream smaller by
     √(2 · depth), where depth counts every block as often as it runs (and twice without an injection). Embeddings start at
-    0.02, and smaller in models wider than 128: they are normed when read, and a new model then gives all tokens but the one
+    0.02, and smaller in models wider than 128: they are normed when read (up to the norm's ``eps``), and a new model then gives all tokens but the one
     just read nearly the same chance. Where reading and writing share a matrix, that one has about ten times as much, still
     next to nothing. Norms, injection, adapters and the halting head keep the start of their own.
 
@@ -645,6 +648,14 @@ class Thought(NamedTuple):
     halt_prob: Float[Tensor, "pass batch position"] | None
 
 
+def check_tokens(tokens: Int64[Tensor, "*shape"], config: MythosConfig) -> None:
+    """Raise a ValueError unless these are tokens of the vocabulary; it looks at each, so a GPU is waited for."""
+    require(tokens.dtype == torch.int64, "the dtype of tokens", tokens.dtype, "torch.int64")
+    least, most = map(int, tokens.aminmax())
+    known = 0 <= least and most < config.vocab_size
+    require(known, "(the least, the greatest) of tokens", (least, most), f"of the vocabulary, 0 to {config.vocab_size - 1}")
+
+
 class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license="apache-2.0"):
     """A language model that thinks in passes: embedding → prelude → looped core → coda → logits.
 
@@ -657,7 +668,8 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         tokens (batch, position), int64 → :class:`Thought`
 
     Raises:
-        ValueError: There are more tokens than ``context_length``, or the passes will not do, as for :class:`Core`.
+        ValueError: There are no tokens or more than ``context_length``, they are none of this vocabulary, or the passes will
+            not do, as for :class:`Core`.
 
     Source: prelude, recurrent core and coda as in Geiping et al. 2025, section 3.
     """
@@ -682,19 +694,30 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None, *, n_slots: int | None = None) -> ThoughtCache:
         """Memory for sequences, by default of a full context, with ``n_slots`` as for :class:`ThoughtCache`."""
         kind = dict(n_slots=n_slots, dtype=self.embedding.weight.dtype, device=self.embedding.weight.device)
-        return ThoughtCache(self.config, batch_size, max_positions or self.config.context_length, **kind)
+        return ThoughtCache(self.config, batch_size, self.config.context_length if max_positions is None else max_positions, **kind)
+
+    def embed(self, tokens: Int64[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
+        """A normed vector for every token."""
+        require(tokens.dtype == torch.int64, "the dtype of tokens", tokens.dtype, "torch.int64")
+        try:
+            return self.embedding_norm(self.embedding(tokens))
+        except IndexError:  # on a GPU the device stops
+            check_tokens(tokens, self.config)
+            raise
 
     def inputs(
         self, tokens: Int64[Tensor, "batch position"], cache: ThoughtCache | None = None
     ) -> Float[Tensor, "batch position dim"]:
         """What every pass reads: the tokens after the prelude."""
         length, context = 0 if cache is None else cache.length, self.config.context_length
+        given = tokens.dim() == 2 and tokens.numel() > 0
+        require(given, "the shape of tokens", tuple(tokens.shape), "(batch, position), with a token at least")
         if length + tokens.shape[1] > context:
             raise ValueError(f"{length + tokens.shape[1]} tokens, and the context holds {context}: give fewer")
-        x = self.embedding_norm(self.embedding(tokens))
+        x = self.embed(tokens)
         if self.token_shift is not None:
             if length:
-                first = self.embedding_norm(self.embedding(cache.tokens.narrow(1, length - 1, 1)))
+                first = self.embed(cache.tokens.narrow(1, length - 1, 1))
             else:
                 first = torch.zeros_like(x.narrow(1, 0, 1))
             x = self.token_shift(x, first)
@@ -747,8 +770,20 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         logits = self.read(states.select(0, len(states) - 1), cache)
         if cache is not None:
             cache.advance(tokens)
-        passes = n_passes if isinstance(n_passes, Tensor) else torch.full_like(tokens, len(states))
+        passes = torch.zeros_like(tokens) + (n_passes if isinstance(n_passes, Tensor) else len(states))
         return Thought(logits, passes, None if self.halting is None else self.halting(states))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kind) -> "Mythos":
+        """A model that was saved or pushed, as of :class:`PyTorchModelHubMixin`.
+
+        Raises:
+            ValueError: Its configuration or its weights are missing, damaged or not of this kind of model.
+        """
+        file = Path(pretrained_model_name_or_path) / "config.json"
+        if file.is_file():  # says what is wrong with it, before the library tries
+            MythosConfig.from_json(file.read_text(encoding="utf-8"))
+        return super().from_pretrained(pretrained_model_name_or_path, **kind)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kind) -> "Mythos":
@@ -763,9 +798,13 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, *args):
-        with safe_open(model_file, "pt") as file:
-            dtype = file.get_tensor("embedding.weight").dtype
-        return super()._load_as_safetensor(model.to(dtype), model_file, *args)
+        try:
+            with safe_open(model_file, "pt") as file:
+                dtype = file.get_tensor("embedding.weight").dtype
+            return super()._load_as_safetensor(model.to(dtype), model_file, *args)
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())  # PyTorch's has many lines
+            raise ValueError(f"{model_file} does not hold the weights of a model of this configuration ({reason[:300]})") from None
 
     @classmethod
     def _load_as_pickle(cls, *args):
@@ -946,21 +985,22 @@ def sample(
     """Draw one token: from the ``top_k`` most likely, with chances ``softmax(logits / temperature)``.
 
     Args:
-        temperature: ≥ 0. Below one, likely tokens become likelier still; 0 always takes the most likely.
+        temperature: ≥ 0, and finite. Below one, likely tokens become likelier still; 0 always takes the most likely.
         top_k: Tokens that have a chance at all, ≥ 1; all of them by default.
         generator: Source of randomness, on the device of the logits.
 
     Raises:
         ValueError: ``temperature`` or ``top_k`` is outside its range.
     """
-    require(temperature >= 0, "temperature", temperature, "at least 0")
+    require(0 <= temperature < math.inf, "temperature", temperature, "at least 0, and finite")
+    require(logits.dim() == 1, "the shape of logits", tuple(logits.shape), "(vocab,)")
     require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
     if temperature < 1e-6:  # dividing by it would overflow
         return int(logits.argmax())
     if top_k is not None and top_k < len(logits):
         best = logits.topk(top_k)  # exactly so many, also where some are alike
         logits = torch.full_like(logits, -math.inf).scatter(0, best.indices, best.values)
-    chances = (logits / temperature).softmax(-1)
+    chances = (logits.float() / temperature).softmax(-1)
     return int(torch.multinomial(chances, 1, generator=generator))
 
 # %% ../notebooks/08_model.ipynb #generate
@@ -999,10 +1039,11 @@ def generate(
         n_passes: Passes for every token; the configured number by default.
 
     Raises:
-        ValueError: The prompt is empty or longer than the context, or another argument is outside its range;
+        ValueError: The prompt is empty, longer than the context or not of the vocabulary, or another argument is outside its range;
             raised at once, not at the first token.
     """
     context = model.config.context_length
+    require(isinstance(tokens, Tensor), "tokens", tokens, "a tensor")
     require(tokens.dim() == 1, "the shape of tokens", tuple(tokens.shape), "that of one prompt, (position,)")
     require(
         1 <= len(tokens) <= context,
@@ -1010,8 +1051,9 @@ def generate(
         len(tokens),
         f"1 to {context}, the context",
     )
+    check_tokens(tokens, model.config)
     require(is_whole(n_new) and n_new >= 0, "n_new", n_new, "a whole number of at least 0")
-    require(temperature >= 0, "temperature", temperature, "at least 0")
+    require(0 <= temperature < math.inf, "temperature", temperature, "at least 0, and finite")
     for name, count in (("n_passes", n_passes), ("top_k", top_k)):
         require(count is None or is_whole(count) and count >= 1, name, count, "a whole number of at least 1")
 

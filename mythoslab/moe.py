@@ -9,6 +9,7 @@ __all__ = ['WHOLE_ROWS', 'Routing', 'route', 'loop_over_experts', 'grouped_produ
 # %% ../notebooks/07_moe.ipynb #imports
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from .mla import MANY_ROWS, learns_by_one_dnn, one_dnn, project
+from .mla import MANY_ROWS, learns_by_one_dnn, one_dnn, project, published
 from .questions import require
 from .recurrence import SwiGLU
 
@@ -65,7 +66,7 @@ def route(
     """
     n_experts = logits.shape[-1]
     require(scoring_func in ("sigmoid", "softmax"), "scoring_func", scoring_func, "'sigmoid' or 'softmax'")
-    require(n_experts % n_group == 0, "n_group", n_group, f"a divisor of the number of experts, {n_experts}")
+    require(n_group >= 1 and n_experts % n_group == 0, "n_group", n_group, f"a divisor of the number of experts, {n_experts}")
     require(1 <= topk_group <= n_group, "topk_group", topk_group, f"from 1 to n_group, {n_group}")
     most = n_experts // n_group * topk_group
     require(1 <= n_experts_per_token <= most, "n_experts_per_token", n_experts_per_token, f"from 1 to {most}, the experts in reach")
@@ -149,6 +150,10 @@ def grouped_product(
     """
     if learns_by_one_dnn(rows, weights) and len(rows) >= MANY_ROWS * len(weights):
         return _GroupedByOneDNN.apply(rows, weights, ends.tolist())
+    device = rows.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # it knows linear layers, and not this
+        half = torch.get_autocast_dtype(device)
+        rows, weights = rows.to(half), weights.to(half)
     whole = 16 // rows.element_size()
     known = rows.dtype == weights.dtype != torch.float64 and (rows.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
     if known and weights.shape[1] % whole == 0 and weights.shape[2] % whole == 0:
@@ -187,15 +192,16 @@ def gather_experts(
 ) -> Float[Tensor, "token dim"]:
     """As :func:`loop_over_experts`, without sorting, for a few tokens: pair by pair on a CPU; elsewhere all pairs at once, with a copy
     of an expert's weights for each."""
-    n_choices, pairs = routing.experts.shape[1], routing.experts.flatten()
-    rows = x.repeat_interleave(n_choices, 0)  # (pair, dim)
+    n_choices = routing.experts.shape[1]
     if x.is_cpu:
         answers = []
-        for row, expert in zip(rows.split(1), pairs.tolist()):
-            gate, up = F.linear(row, gate_up[expert]).chunk(2, -1)
-            answers.append(F.linear(F.silu(gate) * up, down[expert]))
+        for row, experts in zip(x.split(1), routing.experts.tolist()):
+            for expert in experts:
+                gate, up = F.linear(row, gate_up[expert]).chunk(2, -1)
+                answers.append(F.linear(F.silu(gate) * up, down[expert]))
         answers = torch.cat(answers)
     else:
+        pairs, rows = routing.experts.flatten(), x.repeat_interleave(n_choices, 0)  # (pair, dim)
         gate, up = (gate_up.index_select(0, pairs) @ rows.unsqueeze(2)).squeeze(2).chunk(2, -1)
         answers = down.index_select(0, pairs) @ (F.silu(gate) * up).unsqueeze(2)
     answers = answers.view(len(x), n_choices, -1)
@@ -263,7 +269,7 @@ class MixtureOfExperts(nn.Module):
         scoring_func, n_group, topk_group, norm_topk_prob, routed_scaling_factor: As for :func:`route`.
         n_passes: Passes whose load is counted apart; later ones count with the last.
         sequence_balance: Factor of :func:`sequence_balance_loss`, which training finds in ``balance_loss``, summed over
-            passes since the last :meth:`update_bias`; the source uses 0.0001, zero leaves it out.
+            passes since the last :meth:`update_bias`, and adds to its loss; the source uses 0.0001, zero leaves it out.
 
     Shape:
         x (batch, position, dim), pass_index counted from 0 → (batch, position, dim)
@@ -313,7 +319,7 @@ class MixtureOfExperts(nn.Module):
         nn.init.uniform_(self.gate_up, -(dim**-0.5), dim**-0.5)  # as nn.Linear starts
         nn.init.uniform_(self.down, -(expert_dim**-0.5), expert_dim**-0.5)
         self.shared = SharedExperts(dim, n_shared_experts * expert_dim) if n_shared_experts else None
-        self.register_buffer("bias", torch.zeros(n_routed_experts))
+        self.register_buffer("bias", torch.zeros(n_routed_experts, dtype=torch.float32))
         self.register_buffer("load_by_pass", torch.zeros(n_passes, n_routed_experts, dtype=torch.int64), persistent=False)
 
     def _apply(self, change, recurse=True):
@@ -350,6 +356,7 @@ class MixtureOfExperts(nn.Module):
         self, x: Float[Tensor, "batch position dim"], pass_index: int = 0
     ) -> Float[Tensor, "batch position dim"]:
         require(pass_index >= 0, "pass_index", pass_index, "at least 0: it counts from 0")
+        require(x.dim() == 3, "the shape of x", tuple(x.shape), "(batch, position, dim)")
         dim = self.down.shape[1]
         require(x.shape[-1] == dim, "the last size of x", x.shape[-1], f"dim, {dim}")
         mine, theirs = (self.down.dtype, self.down.device), (x.dtype, x.device)
@@ -401,10 +408,7 @@ class MixtureOfExperts(nn.Module):
 
 # %% ../notebooks/07_moe.ipynb #deepseek
 def _read_deepseek(cls: type[MixtureOfExperts], config: object, state_dict: Mapping[str, Tensor]) -> MixtureOfExperts:
-    def read(name, default=None):
-        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-        return default if found is None else found
-
+    read = partial(published, config)
     for name in ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"):
         require(read(name) is not None, f"{name} in config", "missing", "given")
     endings = ("experts.0.down_proj.weight", "experts.down_proj")
@@ -431,6 +435,8 @@ def _read_deepseek(cls: type[MixtureOfExperts], config: object, state_dict: Mapp
     try:
         if one_by_one:
             of = {part: [weights.pop(f"experts.{e}.{part}_proj.weight") for e in numbers] for part in ("gate", "up", "down")}
+            shapes = {part: {tuple(weight.shape) for weight in weights_of} for part, weights_of in of.items()}
+            require(all(len(of_part) == 1 for of_part in shapes.values()), "the shapes of the experts", shapes, "the same for all")
             gate_up = torch.stack([torch.cat(pair) for pair in zip(of["gate"], of["up"])])
             down = torch.stack(of["down"])
         else:

@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         eps: Added to the mean square, inside the root, so that a zero vector stays finite.
 
     Shape:
-        (..., dim) → (..., dim)
+        (..., dim) → (..., dim), of the dtype that came in; in between it computes in float32 at least.
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """
@@ -41,8 +41,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        mean_square = (x * x).mean(-1, keepdim=True)
-        return x * torch.rsqrt(mean_square + self.eps) * self.weight
+        wide = x if x.dtype == torch.float64 else x.float()  # in float16 the square of 256 is infinite
+        mean_square = (wide * wide).mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
 
 # %% ../notebooks/02_recurrence.ipynb #rotary
 def rotary_angles(n_positions: int, head_dim: int, theta: float = 10000.0) -> Float[Tensor, "position half"]:
@@ -96,7 +97,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, n_heads: int, *, causal: bool = True, rope_theta: float | None = 10000.0):
         super().__init__()
-        if dim % n_heads:
+        if n_heads < 1 or dim % n_heads:
             raise ValueError(f"dim must be divisible by n_heads, got dim={dim} and n_heads={n_heads}")
         self.n_heads, self.causal, self.rope_theta = n_heads, causal, rope_theta
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -178,13 +179,15 @@ class Loop(nn.Module):
         inputs (batch, position, dim) → the state after every pass, (pass, batch, position, dim)
 
     Raises:
-        ValueError: fewer than one pass.
+        ValueError: no block, or fewer than one pass.
 
     Source: input injection, Bai et al. 2019 (DEQ), eq. 2; in looped transformers, Yang et al. 2023, section 4.
     """
 
     def __init__(self, blocks: list[nn.Module], dim: int):
         super().__init__()
+        if len(blocks) == 0:
+            raise ValueError("blocks must hold one at least, got none")
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim)
 

@@ -24,13 +24,15 @@ def spectral_radius(matrix: Float[Tensor, "*batch"]) -> Float[Tensor, "*rest"]:
         (...): not negative; below one exactly if the powers of the matrix vanish.
 
     Raises:
-        ValueError: The matrix is not square, is empty or holds numbers that are not finite.
+        ValueError: The matrix is not square, is empty, or holds other numbers than finite real ones of a floating-point dtype.
 
     Source: Horn & Johnson 2012, definition 1.2.9 and theorem 5.6.12.
     """
     square = matrix.dim() == 1 or (matrix.dim() > 1 and matrix.shape[-1] == matrix.shape[-2])
     if not square or matrix.numel() == 0:
         raise ValueError(f"matrix must be square or a diagonal, got the shape {tuple(matrix.shape)}")
+    if not matrix.is_floating_point():
+        raise ValueError(f"matrix must be of a floating-point dtype, got {matrix.dtype}")
     if not matrix.isfinite().all():
         raise ValueError("matrix must be finite, got nan or infinity: has the training diverged?")
     if matrix.dim() == 1:
@@ -46,7 +48,8 @@ class LTIInjection(nn.Module):
     one pass, of ``d state / dt = −rate ⊙ (state − B · inputs)``. Its fixed point is ``B · inputs``.
 
     Args:
-        dim: Channels of the state; each has a rate of its own, in units of one over a pass.
+        dim: Channels of the state; each has a rate of its own, in units of one over a pass. Their logarithms start evenly from −2 to 1,
+            and B as the identity.
 
     Shape:
         state, inputs: (..., dim) → (..., dim)

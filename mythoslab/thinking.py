@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .mla import LatentCache
-from .model import Mythos, Shown, Thought, in_use, is_whole, sample
+from .model import Mythos, Shown, Thought, check_tokens, in_use, is_whole, sample
 from .questions import Tokenizer, require
 
 # %% ../notebooks/10_thinking.ipynb #rules
@@ -177,7 +177,7 @@ class Reader:
             at: Where logits are wanted, (wanted, vocab) then; everywhere by default.
 
         Raises:
-            ValueError: ``tokens`` or ``counts`` have another shape, they do not fit into the context or ``max_positions``, a sequence has none or fewer than ``counts`` says, or
+            ValueError: ``tokens``, ``counts`` or ``at`` have another shape or dtype, they do not fit into the context or ``max_positions``, a sequence has none or fewer than ``counts`` says, or
                 it has read and does not go on.
         """
         with torch.inference_mode(), in_use(self.model):
@@ -192,6 +192,9 @@ class Reader:
         batch_size, n_new = tokens.shape
         counts = torch.full((batch_size,), n_new, device=device) if counts is None else counts.to(device)
         require(counts.shape == (batch_size,), "the shape of counts", tuple(counts.shape), f"({batch_size},)")
+        require(not counts.is_floating_point(), "the dtype of counts", counts.dtype, "one of whole numbers")
+        marked = at is None or at.shape == tokens.shape and at.dtype == torch.bool
+        require(marked, "at", None if at is None else (tuple(at.shape), at.dtype), f"bool, of the shape of tokens, {tuple(tokens.shape)}")
         fewest, most = int(counts.min()), int(counts.max())
         require(fewest >= 1, "the smallest of counts", fewest, "at least 1")
         require(most <= n_new, "the largest of counts", most, f"at most {n_new}, the tokens there are")
@@ -238,11 +241,11 @@ class Reader:
     def _inputs(self, tokens: Tensor, rows: Tensor, places: Tensor, real: Tensor, together: bool) -> Tensor:
         """The tokens after the prelude."""
         model = self.model
-        x = model.embedding_norm(model.embedding(tokens))
+        x = model.embed(tokens)
         if model.token_shift is not None:
             last = self.cache.tokens[rows, (self.lengths - 1).clamp(min=0)]
-            first = model.embedding_norm(model.embedding(last)) * (self.lengths > 0).unsqueeze(1)
-            x = model.token_shift(x, first.unsqueeze(1))
+            first = model.embed(last.unsqueeze(1)) * (self.lengths > 0).view(-1, 1, 1)
+            x = model.token_shift(x, first)
         x = _fill_up(x, real)
         for block, memory in zip(model.prelude, self._memories(self.cache.prelude, rows, places, together)):
             x = block(x, 0, memory)
@@ -274,7 +277,7 @@ class Reader:
                 memory.rows, memory.places = rows, places[column, order]
             before = state[column, order]
             after = self.model.core.one_pass(before, inputs[column, order], pass_index, memories)
-            state[column, order] = after
+            state[column, order] = after.to(state.dtype)  # autocast may have halved it
             at = column.expand_as(order)[picked], order[picked]
             passes[at] = pass_index + 1
             since = _before(before[picked], pass_index)
@@ -339,6 +342,8 @@ def think(
 
     Source: tokens that stop one by one, Graves 2016, Dehghani et al. 2018; without computing what has stopped.
     """
+    given = tokens.dim() == 2 and tokens.numel() > 0
+    require(given, "the shape of tokens", tuple(tokens.shape), "(batch, position), with a token at least")
     kind = dict(max_passes=max_passes, rule=rule, threshold=threshold)
     return Reader(model, len(tokens), **kind, goes_on=False, max_positions=tokens.shape[1]).read(tokens, counts, at)
 
@@ -350,8 +355,13 @@ def plain_loop(
     """Logits when every token has the same number of passes: the leanest loop, for :func:`think` to beat.
 
     Args:
+        n_passes: Of every token, ≥ 1.
         at: Where logits are wanted; everywhere by default.
+
+    Raises:
+        ValueError: ``n_passes`` is no whole number from one.
     """
+    require(is_whole(n_passes) and n_passes >= 1, "n_passes", n_passes, "a whole number of at least 1")
     with in_use(model):
         inputs = model.inputs(tokens)
         state = inputs
@@ -422,20 +432,22 @@ def generate(
         What was written at this step, one for each prompt.
 
     Raises:
-        ValueError: A prompt is empty or too long, or another argument is outside its range; raised at once.
+        ValueError: A prompt is empty, too long or not of the vocabulary, or another argument is outside its range; raised at once.
     """
     prompts = [tokens] if isinstance(tokens, Tensor) else list(tokens)
     context = model.config.context_length
     require(len(prompts) >= 1, "the number of prompts", 0, "at least 1")
     for prompt in prompts:
+        require(isinstance(prompt, Tensor), "a prompt", prompt, "a tensor of tokens")
         require(prompt.dim() == 1, "the shape of a prompt", tuple(prompt.shape), "(position,); give several prompts as a list")
         fits = 1 <= len(prompt) and (trim or len(prompt) <= context)
         require(fits, "the number of prompt tokens", len(prompt), f"1 to {context}, the context; or trim it")
+        check_tokens(prompt, model.config)
     require(is_whole(n_new) and n_new >= 0, "n_new", n_new, "a whole number of at least 0")
-    require(temperature >= 0, "temperature", temperature, "at least 0")
+    require(0 <= temperature < math.inf, "temperature", temperature, "at least 0, and finite")
     require(top_k is None or is_whole(top_k) and top_k >= 1, "top_k", top_k, "a whole number of at least 1")
     require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
-    require(0 <= seed < 2**63, "seed", seed, "0 or above, and below 2**63")
+    require(is_whole(seed) and 0 <= seed < 2**63, "seed", seed, "a whole number of at least 0, and below 2**63")
     max_passes = usual_passes(model, rule) if max_passes is None else max_passes
     kind = dict(max_passes=max_passes, rule=rule, threshold=threshold)
     Reader(model, 1, **kind)  # names what is wrong at once
@@ -547,9 +559,9 @@ def _shade(passes: int, most: int) -> float:
 
 def strip_html(pieces: Sequence[str], passes: Sequence[int], most: int | None = None) -> str:
     """Text as HTML, each piece on a ground that is the darker the more passes it had; the number shows when you point at it."""
-    most = max(passes) if most is None else most
+    most = max(passes, default=1) if most is None else most
     spans = []
-    for piece, count in zip(pieces, passes):
+    for piece, count in zip(pieces, passes, strict=True):
         share = _shade(count, most)
         light = round(94 - 60 * share)
         ink = "#111" if light > 55 else "#fff"
@@ -560,9 +572,9 @@ def strip_html(pieces: Sequence[str], passes: Sequence[int], most: int | None = 
 
 def strip_terminal(pieces: Sequence[str], passes: Sequence[int], most: int | None = None) -> str:
     """The same for a terminal, in 24-bit colours."""
-    most = max(passes) if most is None else most
+    most = max(passes, default=1) if most is None else most
     parts = []
-    for piece, count in zip(pieces, passes):
+    for piece, count in zip(pieces, passes, strict=True):
         share = _shade(count, most)
         red, green, blue = round(255 - 75 * share), round(235 - 170 * share), round(215 - 195 * share)
         ink = "0;0;0" if share < 0.6 else "255;255;255"

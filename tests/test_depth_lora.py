@@ -524,6 +524,11 @@ class WritesToItsInput(PassEmbedding):
         return x.copy_(super().forward(x, pass_index))
 
 
+def first_of_all(matrix, rank):
+    lora_b, lora_a = low_rank(matrix, rank)
+    return (lora_b, lora_a) if matrix.dim() == 2 else (lora_b[:1].expand_as(lora_b), lora_a[:1].expand_as(lora_a))
+
+
 MISTAKES = [
     ("PassEmbedding", WritesToItsInput, "x has changed"),
     ("PassEmbedding", StartsAtRandom, "zero at the start"),
@@ -562,6 +567,7 @@ MISTAKES = [
     ("low_rank", all_on_one_side, "one factor has the singular values alone"),
     ("low_rank", judged_by_rows, "Rank 5 of a 4 × 5 matrix"),
     ("low_rank", transposed_again, "V transposed already"),
+    ("low_rank", first_of_all, "factors of its own"),
     ("fold_norms", folding(READERS, copied=False), "work on a copy"),
     ("fold_norms", folding(READERS, to_one=False), "count twice"),
     ("fold_norms", folding({"attention.qkv": "attention_norm", "ffn.gate": "ffn_norm"}), "ffn.up is as it was"),

@@ -501,6 +501,11 @@ def writes_to_its_input(function):
     return changed
 
 
+def remainder_cut_off(halt_prob, threshold=0.99):
+    weights = act_weights(halt_prob, threshold)
+    return torch.where(weights == halt_prob, weights, weights.detach())
+
+
 MISTAKES = [
     ("halting_distribution", writes_to_its_input(halting_distribution), "halt_prob has changed"),
     ("act_weights", writes_to_its_input(act_weights), "halt_prob has changed"),
@@ -528,6 +533,9 @@ MISTAKES = [
     ("act_weights", last_pays_nothing, "never reaches the threshold"),
     ("act_weights", multiplied, "halting distribution"),
     ("act_weights", divided, "scale the weights"),
+    ("act_weights", remainder_cut_off, "cannot be learned from"),
+    ("halting_distribution", lambda halt_prob: halting_distribution(halt_prob.detach()), "cannot be learned from"),
+    ("ponder_kl", lambda distribution, rate: ponder_kl(distribution.detach(), rate), "cannot be learned from"),
     ("ponder_kl", other_direction, "KL(prior ‖ distribution)"),
     ("ponder_kl", not_scaled, "prior is not scaled"),
     ("ponder_kl", rest_at_the_end, "takes all the rest"),

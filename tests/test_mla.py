@@ -451,7 +451,8 @@ class NewMemory(LatentCache):
 
 class InTheGraph(LatentCache):
     def write(self, new, pass_index=0):
-        kept = super().write(new, pass_index)
+        with torch.no_grad():
+            kept = super().write(new, pass_index)
         return kept + 0 * new.sum() if new.requires_grad else kept
 
 
@@ -517,6 +518,16 @@ def test_check_accepts_absorbed_attention_with_a_mask_of_all_positions(capsys):
     assert check(by_a_square_mask) is by_a_square_mask, capsys.readouterr().out
 
 
+class AdvancesAnywhere(LatentCache):
+    def advance(self, n_positions):
+        self.length += n_positions
+
+
+class AnySize(LatentCache):
+    def __init__(self, batch_size, max_positions, width, **kind):
+        super().__init__(max(1, batch_size), max_positions, width, **kind)
+
+
 MISTAKES = [
     ("LatentCache", IgnoresDtype, "dtype that was asked for has no effect"),
     ("LatentCache", AxesSwapped, "memory, (slot, batch, position, width)"),
@@ -535,7 +546,9 @@ MISTAKES = [
     ("LatentCache", StartsAgain, "starts again at slot 0"),
     ("LatentCache", AtTheStart, "written at the start"),
     ("LatentCache", NewMemory, "makes new memory"),
-    ("LatentCache", InTheGraph, "detach what you keep"),
+    ("LatentCache", InTheGraph, "want a gradient should raise"),
+    ("LatentCache", AdvancesAnywhere, "Advancing by three"),
+    ("LatentCache", AnySize, "batch of zero"),
     ("LatentCache", Rounds, "rounded without a word"),
     ("LatentCache", Spreads, "spread over the batch"),
     *(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -999,7 +1000,7 @@ def test_what_is_missing_or_does_not_belong_together_is_named(tmp_path, offline)
     Mythos(SMALL).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(replace(SMALL, n_core=2).to_json())
-    with pytest.raises(RuntimeError, match="core.blocks.1"):  # not half a model in silence
+    with pytest.raises(ValueError, match="core.blocks.1"):  # not half a model in silence
         Mythos.from_pretrained(tmp_path)
     config.write_text(SMALL.to_json().replace('"n_core": 1', '"n_core": 0'))
     with pytest.raises(ValueError, match="n_core is 0"):
@@ -1049,6 +1050,9 @@ for call in (
     lambda: generate(model, tokens, 1),
     lambda: generate(model, tokens[0], 2.5),
     lambda: generate(model, tokens[0], 1, top_k=2.5),
+    lambda: generate(model, [1, 2], 1),
+    lambda: model(tokens[0]),
+    lambda: model(tokens.int()),
 ):
     try:
         call()
@@ -1068,7 +1072,83 @@ def test_the_wrong_kind_of_number_is_named():
         "the shape of tokens is (3, 3); it must be that of one prompt, (position,)",
         "n_new is 2.5; it must be a whole number of at least 0",
         "top_k is 2.5; it must be a whole number of at least 1",
+        "tokens is [1, 2]; it must be a tensor",
+        "the shape of tokens is (3,); it must be (batch, position), with a token at least",
+        "the dtype of tokens is torch.int32; it must be torch.int64",
     ], run.stderr
+
+
+@pytest.mark.parametrize("stranger", [-1, SMALL.vocab_size])
+def test_a_token_that_the_vocabulary_lacks_is_named(stranger):
+    model, tokens = Mythos(SMALL).eval(), torch.tensor([[1, stranger, 2]])
+    for call in (lambda: model(tokens), lambda: generate(model, tokens[0], 1)):
+        with pytest.raises(ValueError, match=f"vocabulary, 0 to {SMALL.vocab_size - 1}"):
+            call()
+
+
+@pytest.mark.parametrize("changes", [{}, {"token_shift": True}, {"ffn": "moe", "expert_dim": 4, "n_routed_experts": 4}])
+def test_no_tokens_are_refused_whatever_the_model(changes):
+    model = Mythos(replace(SMALL, **changes))
+    for empty in (torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="with a token at least"):
+            model(empty)
+    with pytest.raises(ValueError, match="at least 1 each"):
+        model.new_cache(1, 0)
+
+
+@pytest.mark.parametrize("attention", ["mha", "mla"])
+def test_no_gradient_is_lost_in_a_cache_without_a_word(attention):
+    config = replace(SMALL, attention=attention, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4)
+    model, tokens = Mythos(config), torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="written under torch.no_grad"):
+        model(tokens, cache=model.new_cache())
+
+
+@pytest.mark.parametrize("n_chosen", [1, 2])
+def test_a_router_learns_however_many_experts_it_chooses(n_chosen):
+    config = replace(SMALL, ffn="moe", expert_dim=4, n_routed_experts=4, n_experts_per_token=n_chosen)
+    torch.manual_seed(0)
+    model, tokens = Mythos(config), torch.arange(SMALL.vocab_size).unsqueeze(0)[:, :6]
+    F.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten()).backward()
+    part = model.core.blocks[0].ffn
+    assert part.router.weight.grad.norm() > 1e-4 * part.gate_up.grad.norm()
+
+
+def test_passes_of_a_thought_are_its_own():
+    model, tokens, each = Mythos(SMALL).eval(), torch.ones(1, 3, dtype=torch.int64), torch.tensor([[1, 2, 3]])
+    passes = model(tokens, each).passes
+    each.zero_()
+    assert passes.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("text, named", [("{", "not JSON"), ("[1]", "a JSON object"), ("{}", "vocab_size is 'missing'")])
+def test_a_damaged_configuration_is_named_on_loading(text, named, tmp_path):
+    Mythos(SMALL).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=named):
+        Mythos.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("harm", ["cut off", "of another model", "of another size"])
+def test_weights_that_do_not_fit_are_named_on_loading(harm, tmp_path):
+    Mythos(SMALL).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    if harm == "cut off":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        other = torch.nn.Linear(2, 2) if harm == "of another model" else Mythos(replace(SMALL, vocab_size=SMALL.vocab_size + 1))
+        save_file({name: weight.clone() for name, weight in other.state_dict().items() if name != "head.weight"}, file)
+    with pytest.raises(ValueError, match="model.safetensors does not hold the weights of a model of this configuration"):
+        Mythos.from_pretrained(tmp_path)
+
+
+def test_an_endless_temperature_is_refused():
+    model, logits = Mythos(SMALL), torch.randn(5)
+    with pytest.raises(ValueError, match="temperature is inf"):
+        sample(logits, temperature=math.inf)
+    with pytest.raises(ValueError, match="temperature is inf"):
+        generate(model, torch.ones(2, dtype=torch.int64), 1, temperature=math.inf)
+    assert sample(torch.tensor([10.0, 1.0, 2.0]).half(), temperature=1e-4) == 0
 
 
 def test_writing_in_the_midst_of_training_counts_no_load_and_goes_on_training():
@@ -1092,7 +1172,8 @@ def test_a_cache_is_as_long_as_asked_and_says_when_it_is_full():
 
 def test_a_full_cache_is_named_and_stays_as_it_was():
     model, cache = Mythos(SMALL), Mythos(SMALL).new_cache()
-    model(torch.zeros(1, 10, dtype=torch.long), cache=cache)
+    with torch.no_grad():
+        model(torch.zeros(1, 10, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="13 tokens, and the context holds 12"):
         model(torch.zeros(1, 3, dtype=torch.long), cache=cache)
     assert cache.length == 10 and {part.length for part in cache} == {10}

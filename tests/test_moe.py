@@ -335,6 +335,35 @@ def closed_by_zero(logits, bias, n_chosen, options):
     return again(Routing(None, None, logits.sigmoid()), bias, experts=chosen)
 
 
+def test_grouped_experts_follow_autocast():
+    experts = MixtureOfExperts(16, 8, n_routed_experts=4, n_experts_per_token=2)
+    rows, ends = torch.randn(12, 16), torch.tensor([3, 6, 9, 12], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = grouped_product(rows, experts.gate_up, ends)
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), grouped_product(rows, experts.gate_up, ends), atol=0.05)
+
+
+def test_what_experts_cannot_be_given_is_named():
+    experts = MixtureOfExperts(16, 8, n_routed_experts=4, n_experts_per_token=2)
+    with pytest.raises(ValueError, match=r"the shape of x is \(5, 16\)"):
+        inspect.unwrap(MixtureOfExperts.forward)(experts, torch.randn(5, 16))
+    with pytest.raises(ValueError, match="n_group is 0"):
+        route(torch.randn(3, 4), torch.zeros(4), 1, n_group=0)
+
+
+def best_two_of_softmax(logits, bias, n_chosen, options):
+    """Groups count by their two best also where scores are a softmax."""
+    if options.get("scoring_func") != "softmax" or "n_group" not in options:
+        return route(logits, bias, n_chosen, **options)
+    scores = logits.softmax(-1)
+    groups = (scores + bias).unflatten(-1, (options["n_group"], -1))
+    best = groups.topk(2, -1).values.sum(-1).topk(options["topk_group"], -1).indices
+    opened = torch.zeros(groups.shape[:-1]).scatter(-1, best, 1.0).bool().unsqueeze(-1)
+    chosen = groups.masked_fill(~opened, -torch.inf).flatten(-2).topk(n_chosen, -1).indices
+    return Routing(chosen, scores.gather(-1, chosen), scores)
+
+
 ROUTERS = {
     "in the weights": lambda l, b, k, o, r: again(r, b, weights=(r.scores + b).gather(-1, r.experts)),
     "left out of the choice": lambda l, b, k, o, r: route(l, torch.zeros_like(b), k, **o),
@@ -346,6 +375,8 @@ ROUTERS = {
     "have the bias in them": lambda l, b, k, o, r: r._replace(scores=r.scores + b),
     "has no effect": lambda l, b, k, o, r: route(l, b, k, **{**o, "routed_scaling_factor": 1.0}),
     "which is more than a negative choice": lambda l, b, k, o, r: closed_by_zero(l, b, k, o),
+    "router cannot learn": lambda l, b, k, o, r: r._replace(weights=r.weights.detach()),
+    "single best expert, score plus bias": lambda l, b, k, o, r: best_two_of_softmax(l, b, k, o),
     "groups are left out": lambda l, b, k, o, r: route(l, b, k, **{**o, "n_group": 1, "topk_group": 1}),
 }
 
@@ -414,6 +445,7 @@ MISTAKES = [
     ("sort_and_group", weights_sorted_too, "not put back"),
     ("sort_and_group", lambda *arguments: inspect.unwrap(loop_over_experts)(*arguments), "each expert or pair must have its own"),
     ("sort_and_group", not_learned, "gradient does not reach"),
+    ("sort_and_group", lambda x, *others: inspect.unwrap(sort_and_group)(x.detach(), *others), "come back to the tokens"),
     *(("balance_bias", lambda bias, load, rate, f=f: f(bias, load, rate), cause) for cause, f in BIASES.items()),
     ("sequence_balance_loss", loss_with(over=(0, 1)), "over the whole batch"),
     ("sequence_balance_loss", loss_with(relative=False), "not relative"),

@@ -355,6 +355,41 @@ class HeadsFirst(Attention):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rms_norm_of_large_numbers_in_half_precision(dtype):
+    x = torch.tensor([[300.0, -600.0, 900.0, 0.0]], dtype=dtype)
+    got = RMSNorm(4).to(dtype)(x)
+    assert got.dtype == dtype
+    assert torch.allclose(got.float(), F.rms_norm(x.float(), (4,)), atol=0.02)
+
+
+def test_a_loop_without_blocks_and_attention_without_heads_are_refused():
+    with pytest.raises(ValueError, match="blocks must hold one"):
+        Loop([], 4)
+    with pytest.raises(ValueError, match="n_heads=0"):
+        Attention(8, 0)
+
+
+class CutBetweenPasses(Loop):
+    def forward(self, inputs, n_passes):
+        state, states = inputs, []
+        for index in range(n_passes):
+            state = self.blocks[index % len(self.blocks)](self.norm(state.detach()) + inputs)
+            states.append(state)
+        return torch.stack(states)
+
+
+class CutOff(Attention):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class NormsInHalf(RMSNorm):
+    def forward(self, x):
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
 MISTAKES = [
     ("RMSNorm", WritesToItsInput, "x has changed"),
     ("rotate", writes_back, "x has changed"),
@@ -385,6 +420,10 @@ MISTAKES = [
     ("Loop", ReturnsTheLast, "first dimension"),
     ("Loop", CountsTheStart, "without the state at the start"),
     ("Loop", PlainList, "never trained"),
+    ("Loop", CutBetweenPasses, "cannot be learned from"),
+    ("Attention", CutOff, "cannot be learned from"),
+    ("RMSNorm", NormsInHalf, "squares overflow"),
+    ("rotate", lambda x, angles: rotate(x, angles).detach(), "cannot be learned from"),
 ]
 
 test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(

@@ -1,5 +1,6 @@
 """mythoslab.stability: the spectral radius, the injection that stays inside the unit circle, and their checks."""
 
+import inspect
 import math
 
 import pytest
@@ -278,7 +279,26 @@ def state_once_more(injection, block, state, inputs):
     return state + injection(state, inputs) + block(state + inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_a_radius_of_other_than_real_numbers_is_refused(dtype):
+    with pytest.raises(ValueError, match="floating-point dtype"):
+        inspect.unwrap(spectral_radius)(torch.ones(2, 2, dtype=dtype))
+
+
+class StartsAlike(LTIInjection):
+    def __init__(self, dim):
+        super().__init__(dim)
+        nn.init.zeros_(self.log_rate)
+
+
+class FixedDecay(LTIInjection):
+    def decay(self):
+        return super().decay().detach()
+
+
 MISTAKES = [
+    ("LTIInjection", StartsAlike, "evenly from −2 to 1"),
+    ("LTIInjection", FixedDecay, "cannot be learned from"),
     ("spectral_radius", largest_stretch, "largest singular value"),
     ("spectral_radius", real_part_only, "largest real part"),
     ("spectral_radius", real_size_only, "absolute value of the real part"),

@@ -1,6 +1,8 @@
 """mythoslab.thinking: only the passes that are needed, the same numbers, writing with cache and early exit, and its checks."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -262,6 +264,71 @@ def test_bad_input_is_named_before_anything_is_written(options, named):
         reference("thinking").generate(lively(SMALL), **arguments)  # as for users, for whom no types are checked
 
 
+WRONG_KINDS = """
+import math
+import subprocess
+import sys
+import torch
+from mythoslab.model import Mythos, MythosConfig
+from mythoslab.thinking import generate, think
+model = Mythos(MythosConfig(vocab_size=8, dim=8, n_heads=2, hidden_dim=8, halting="settled"))
+tokens = torch.zeros(3, 3, dtype=torch.long)
+for call in (
+    lambda: generate(model, [1, 2], 1),
+    lambda: generate(model, tokens[0].float(), 1),
+    lambda: generate(model, tokens[0] + 8, 1),
+    lambda: generate(model, tokens[0], 1, seed=1.5),
+    lambda: generate(model, tokens[0], 1, temperature=math.inf),
+    lambda: think(model, tokens[0], max_passes=2),
+    lambda: think(model, tokens - 1, max_passes=2),
+    lambda: think(model, tokens, max_passes=2, counts=torch.full((3,), 2.5)),
+    lambda: think(model, tokens, max_passes=2, at=tokens),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_the_wrong_kind_of_argument_is_named():
+    """In a process of its own: here, tests check all types before the model can."""
+    run = subprocess.run([sys.executable, "-c", WRONG_KINDS], capture_output=True, text=True)
+    assert run.stdout.splitlines() == [
+        "a prompt is 1; it must be a tensor of tokens",
+        "the dtype of tokens is torch.float32; it must be torch.int64",
+        "(the least, the greatest) of tokens is (8, 8); it must be of the vocabulary, 0 to 7",
+        "seed is 1.5; it must be a whole number of at least 0, and below 2**63",
+        "temperature is inf; it must be at least 0, and finite",
+        "the shape of tokens is (3,); it must be (batch, position), with a token at least",
+        "(the least, the greatest) of tokens is (-1, -1); it must be of the vocabulary, 0 to 7",
+        "the dtype of counts is torch.float32; it must be one of whole numbers",
+        "at is ((3, 3), torch.int64); it must be bool, of the shape of tokens, (3, 3)",
+    ], run.stderr
+
+
+def test_a_plain_loop_without_a_pass_is_refused():
+    for count in (0, -3):
+        with pytest.raises(ValueError, match=f"n_passes is {count}"):
+            plain_loop(Mythos(SMALL), torch.ones(1, 2, dtype=torch.int64), count)
+
+
+def test_a_strip_of_nothing_is_empty_and_one_of_unequal_lists_refused():
+    assert strip_terminal([], []) == "" and "span" not in strip_html([], [])
+    for strip in (strip_html, strip_terminal):
+        with pytest.raises(ValueError):
+            strip(["a", "b"], [1])
+
+
+def test_it_thinks_under_autocast_too():
+    model, tokens = Mythos(replace(SMALL, injection="linear")).eval(), torch.randint(SMALL.vocab_size, (2, 6))
+    counts = torch.tensor([6, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = think(model, tokens, max_passes=3, rule="none", counts=counts)
+    whole = think(model, tokens, max_passes=3, rule="none", counts=counts)
+    assert torch.allclose(half.logits[1, :3].float(), whole.logits[1, :3], atol=0.05)
+
+
 def test_a_rule_that_reads_a_head_is_refused_without_one():
     with pytest.raises(ValueError, match="'settled'.*no halting head"):
         think(Mythos(replace(SMALL, halting="none")), torch.zeros(1, 2, dtype=torch.long), max_passes=2, rule="settled")
@@ -441,6 +508,12 @@ class ZeroThreshold(Stopper):
         super().__init__(model, rule, threshold or 0.5, shape)
 
 
+class AnyThreshold(Stopper):
+    def __init__(self, model, rule, threshold, shape):
+        super().__init__(model, rule, None, shape)
+        self.threshold = self.threshold if threshold is None else threshold
+
+
 class NoCarry(Gathered):
     def carry(self, pass_index, rows, places):
         pass
@@ -498,6 +571,7 @@ MISTAKES = [
     ("Stopper", PaysForAll, "have paid too"),
     ("Stopper", AbsoluteChange, "divide by the size of the state"),
     ("Stopper", ZeroThreshold, "ask 'is None'"),
+    ("Stopper", AnyThreshold, "threshold of 1.5 for 'settled'"),
     ("Gathered", NoCarry, "carry copies what they showed before"),
     ("Gathered", CarriesAll, "copies earlier tokens too"),
     ("Gathered", OneSlot, "writes to the same slot"),

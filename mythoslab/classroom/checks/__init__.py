@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference as _reference
@@ -34,6 +34,7 @@ __all__ = [
     "checks",
     "expect",
     "expect_close",
+    "expect_gradients",
     "expect_raises",
     "expect_shape",
     "reference",
@@ -195,6 +196,35 @@ def expect_close(
             if numbers.shape == expected.shape and close(numbers)
         ]
         raise Mistake(known[0] if known else sentence)
+
+
+#: What cuts a gradient off, said of numbers that are right.
+CUT_OFF = "The numbers are right, and they cannot be learned from: no gradient, or a wrong one, comes back. Leave out no_grad, detach, .data and .item()."
+
+
+def expect_gradients(theirs: Callable, ours: Callable, *inputs, sentence: str = CUT_OFF) -> None:
+    """Expect the gradients that the reference gives, by the inputs and, of modules with the same weights, by those.
+
+    Args:
+        theirs, ours: Modules or functions of ``inputs``, with a tensor as their result.
+        inputs: Tensors and other arguments.
+    """
+
+    def gradients(of):
+        given = [part.detach().clone().requires_grad_() if isinstance(part, Tensor) and part.is_floating_point() else part for part in inputs]
+        leaves = [part for part in given if isinstance(part, Tensor) and part.requires_grad]
+        if isinstance(of, nn.Module):
+            leaves += [weight for _, weight in sorted(of.named_parameters())]
+        with torch.enable_grad():
+            result = of(*given)
+        if not result.requires_grad:
+            return None
+        weigh = torch.linspace(-1, 1, result.numel()).view_as(result)
+        return torch.autograd.grad((result * weigh).sum(), leaves, allow_unused=True, materialize_grads=True)
+
+    got, expected = gradients(theirs), gradients(ours)
+    alike = got is not None and all(torch.allclose(mine, needed, atol=1e-4, rtol=1e-3) for mine, needed in zip(got, expected, strict=True))
+    expect(alike, sentence)
 
 
 def expect_raises(error: type[Exception], call: Callable[[], Any], sentence: str) -> None:

@@ -178,7 +178,11 @@ def low_rank(low_rank):
         lora_a.norm(dim=1),
         "The product is right, and one factor has the singular values alone: give each their root, so that both learn at one pace.",
     )
-    expect_shape(low_rank(torch.randn(3, 5, 4), 2)[0], (3, 5, 2), "lora_b of three matrices at once")
+    many = torch.randn(3, 5, 4)
+    lora_b, lora_a = low_rank(many, 2)
+    expect_shape(lora_b, (3, 5, 2), "lora_b of three matrices at once")
+    ours = reference("depth_lora").low_rank(many, 2)
+    expect_close(lora_b @ lora_a, ours[0] @ ours[1], "Of several matrices each has factors of its own.")
     for bad, given in ((0, matrix), (5, matrix), (5, matrix.mT)):
         shape = " × ".join(map(str, given.shape))
         expect_raises(ValueError, partial(low_rank, given, bad), f"Rank {bad} of a {shape} matrix should raise a ValueError.")

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
 
 
 _CHANGED = "halt_prob has changed: work on a copy, for training goes back through the numbers that were given."
@@ -52,6 +52,7 @@ def halting_distribution(halting_distribution):
             "You multiply over the tokens: the passes lie on dimension 0.": torch.cat(((halt_prob * across)[:-1], across[-1:])),
         },
     )
+    expect_gradients(halting_distribution, reference("halting").halting_distribution, halt_prob)
     expect_shape(halting_distribution(torch.rand(4, 2, 3)), (4, 2, 3), "The distribution of four passes of 2 × 3 tokens")
     expect_shape(halting_distribution(torch.rand(4)), (4,), "The distribution of four passes of one token")
     many = halting_distribution(torch.full((64, 8), 0.0015, dtype=torch.bfloat16))
@@ -133,6 +134,7 @@ def act_weights(act_weights):
             / torch.where(before | at, halt_prob, 0).sum(0),
         },
     )
+    expect_gradients(act_weights, ours.act_weights, halt_prob, threshold)
     level = act_weights(torch.full((4, 1), 0.25), 0.5)
     expect_close(level, torch.tensor([[0.25], [0.75], [0.0], [0.0]]), "A sum that is exactly at the threshold stops: compare with ≥.")
     _refuses_bad_shares(act_weights, "halt_prob")
@@ -164,6 +166,7 @@ def ponder_kl(ponder_kl):
             "That is the cross-entropy: subtract the distribution's own entropy, −∑ p log p.": -(distribution * prior.log()).sum(0),
         },
     )
+    expect_gradients(lambda part: ponder_kl(part.softmax(0), rate), lambda part: reference("halting").ponder_kl(part.softmax(0), rate), torch.randn(6, 4))
     sure = torch.zeros(4, 1)
     sure[1] = 1
     sure.requires_grad_()

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
 
 
 @checks("GroupedQueryAttention")
@@ -54,6 +54,9 @@ def grouped_query_attention(GroupedQueryAttention):
             mistakes={"The kept keys are not rotated: then each would have to be rotated again at every step.": key},
         )
         expect_close(kept[1], value, "A cache should keep the values of the shared heads, as they are.")
+    ours = reference("mla").GroupedQueryAttention(16, 4, 2)
+    ours.load_state_dict(theirs.state_dict())
+    expect_gradients(theirs, ours, x)
     expect_raises(ValueError, lambda: GroupedQueryAttention(16, 4, 3), "3 key heads for 4 query heads should raise a ValueError.")
     expect_raises(ValueError, lambda: GroupedQueryAttention(18, 4, 2), "18 channels for 4 heads should raise a ValueError.")
 
@@ -104,11 +107,16 @@ def latent_cache(LatentCache):
     expect_close(theirs.write(one, 0), torch.cat((first, one), 1), "What pass 2 writes should leave slot 0 alone.")
     expect(theirs.memory.data_ptr() == place, "write makes new memory: copy into what is there, so that a token costs a token.")
     grown = torch.ones(2, 1, 3, requires_grad=True)
-    expect(not theirs.write(grown).requires_grad, "The memory has become part of the graph: detach what you keep.")
+    expect_raises(ValueError, lambda: theirs.write(grown), "New positions that want a gradient should raise a ValueError: none would come back.")
+    with torch.no_grad():
+        theirs.write(grown)
     expect_raises(ValueError, lambda: theirs.write(torch.ones(2, 3, 3)), "Three new positions where two are free should raise a ValueError.")
     expect_raises(ValueError, lambda: theirs.write(torch.ones(1, 1, 3)), "Another batch size should raise a ValueError, not be spread over the batch.")
     expect_raises(ValueError, lambda: theirs.write(new.double()), "Another dtype should raise a ValueError, not be rounded without a word.")
     expect_raises(ValueError, lambda: theirs.write(new, -1), "A pass_index of −1 should raise a ValueError.")
+    expect_raises(ValueError, lambda: theirs.advance(3), "Advancing by three where two are free should raise a ValueError.")
+    expect_raises(ValueError, lambda: theirs.take([0, 2]), "Taking the third of two sequences should raise a ValueError.")
+    expect_raises(ValueError, lambda: LatentCache(0, 6, 3), "A batch of zero should raise a ValueError.")
     theirs.crop(2)
     expect_close(theirs.write(new), torch.cat((first[:, :2], new), 1), "After crop(2) new positions follow the first two.")
     expect_raises(ValueError, lambda: theirs.crop(5), "Cropping to more than is filled should raise a ValueError.")
@@ -169,6 +177,7 @@ def _check_attention(attend):
         },
         atol=1e-4,
     )
+    expect_gradients(attend, _by_hand, *arguments)
     alone = query[:, :, -1:], kept, up, 0.4
     expect_close(attend(*alone), _by_hand(*alone), "A single query, the last position, should see every key.", atol=1e-4)
     square = torch.randn(2, 3, 9, 12), kept, up, 0.4

@@ -84,7 +84,6 @@ def core(Core):
             ),
         },
     )
-    _core_memory(Core, ours, theirs, inputs)
     expect_close(
         _gradient(theirs, inputs, 1),
         _gradient(ours, inputs, 1),
@@ -122,6 +121,7 @@ def core(Core):
         not any(kept),
         "You switch gradients on where the caller switched them off: ask torch.is_grad_enabled() too.",
     )
+    _core_memory(Core, ours, theirs, inputs)
     expect_raises(ValueError, lambda: theirs(inputs, 0), "Zero passes should raise a ValueError.")
     expect_raises(
         ValueError,
@@ -186,7 +186,8 @@ def _core_memory(Core, ours, theirs, inputs):
     for part in (ours, theirs):
         width = reference("model").kept_width(_config(Core))
         caches = [beside(Core, "LatentCache", "mla")(2, 5, width, n_slots=5) for _ in range(2)]
-        part(inputs, 2, [beside(Core, "Shown", "model")(cache) for cache in caches])
+        with torch.no_grad():
+            part(inputs, 2, [beside(Core, "Shown", "model")(cache) for cache in caches])
         slots.append(torch.stack([cache.memory for cache in caches]))
     expect(bool(slots[1][:, 0].any()), "The memories stay empty: hand each block its own of those in shown.")
     expect_close(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
 
 
 def _scatter(routing, n_experts):
@@ -65,7 +65,6 @@ def route(route):
     soft = dict(scoring_func="softmax", norm_topk_prob=False)
     expect_close(_scatter(route(logits, none, 3, **soft), 8), _scatter(ours(logits, none, 3, **soft), 8), "With scoring_func='softmax' the scores are a softmax over all experts.")
     groups = dict(n_group=4, topk_group=2)
-
     def by_groups(count, bias=bias, closed=float("-inf")):
         in_groups = (scores + bias).unflatten(-1, (4, 2))
         best = count(in_groups).topk(2, -1).indices
@@ -91,6 +90,21 @@ def route(route):
             "Experts of closed groups get a 0, which is more than a negative choice: give them −inf.": by_groups(lambda g: g.sum(-1), low, 0.0)
         },
     )
+    expect_close(
+        _scatter(route(logits, bias, 3, **soft, **groups), 8),
+        _scatter(ours(logits, bias, 3, **soft, **groups), 8),
+        "With softmax scores a group counts by its single best expert, score plus bias.",
+    )
+    expect_gradients(
+        lambda numbers: _scatter(route(numbers, bias, 3), 8),
+        lambda numbers: _scatter(ours(numbers, bias, 3), 8),
+        logits,
+        sentence="The router cannot learn: a gradient must come back through the weights to the logits, so leave the scores in the graph.",
+    )
+    for wrong in (dict(scoring_func="relu"), dict(n_group=3), dict(n_group=4, topk_group=5)):
+        expect_raises(ValueError, lambda: route(logits, bias, 3, **wrong), f"{wrong} with eight experts should raise a ValueError.")
+    for count in (0, 9):
+        expect_raises(ValueError, lambda: route(logits, bias, count), f"{count} of eight experts for a token should raise a ValueError.")
 
 
 @checks("sort_and_group")
@@ -141,6 +155,13 @@ def sort_and_group(sort_and_group):
     sort_and_group(inputs[0], routing, *inputs[1:]).sum().backward()
     learned = inputs[1].grad is not None and bool(inputs[1].grad[0].any()) and not inputs[1].grad[5].any()
     expect(learned, "The gradient does not reach the experts that served, and only them.")
+    expect_gradients(
+        lambda x, weights: sort_and_group(x, routing._replace(weights=weights), gate_up, down),
+        lambda x, weights: ours.loop_over_experts(x, routing._replace(weights=weights), gate_up, down),
+        x,
+        routing.weights,
+        sentence="The gradient must come back to the tokens and to routing.weights, or what is below and the router cannot learn.",
+    )
 
     many = torch.randn(64, 16, 8), torch.randn(64, 8, 8), ours.route(torch.randn(30, 64), torch.zeros(64), 2)
     calls = []

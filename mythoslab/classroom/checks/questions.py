@@ -38,7 +38,8 @@ def climb(climb):
     if torch.equal(root, true_root) and torch.equal(depth, true_depth):
         chain = torch.arange(4096).sub(1).clamp(min=0).unsqueeze(0)
         with Steps("The numbers are right, and you climb link by link: let every node jump to where its pointer points, in log2(n) rounds.", 1000):
-            climb(chain)
+            far = climb(chain)[1].max()
+        expect(int(far) == 4095, "On a chain of 4096 nodes not all arrive: the rounds must grow with the number of nodes, log2(n) rounded up.")
         return
     chain, true_chain = depth[0].tolist(), true_depth[0].tolist()
     first_row = torch.equal(root[0], true_root[0]) and chain == true_chain

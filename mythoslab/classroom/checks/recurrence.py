@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
 
 
 @checks("RMSNorm")
@@ -44,6 +44,14 @@ def rms_norm(RMSNorm):
     with torch.no_grad():
         norm.weight.mul_(2)
     expect_close(norm(x), 2 * F.rms_norm(x, (8,), eps=1e-6), "The learned weight has no effect: multiply the scaled token by it.")
+    ours = reference("recurrence").RMSNorm(8)
+    ours.load_state_dict(norm.state_dict())
+    expect_gradients(norm, ours, x)
+    large = torch.full((1, 8), 300.0, dtype=torch.float16)
+    expect(
+        bool((RMSNorm(8).half()(large) - 1).abs().max() < 0.01),
+        "In float16 a token of 300s comes out wrong: its squares overflow, so take them in float32, and hand back the dtype that came in.",
+    )
 
 
 @checks("rotary_angles")
@@ -101,6 +109,7 @@ def rotate(rotate):
             "The halves are joined in the wrong order.": torch.cat((first * sin + second * cos, first * cos - second * sin), -1),
         },
     )
+    expect_gradients(rotate, reference("recurrence").rotate, x, angles)
 
 
 @checks("Attention")
@@ -136,6 +145,7 @@ def attention(Attention):
             f"The numbers of {what} attention are off: check how heads are split, scaled by the root of head_dim, and joined.",
             mistakes=_attention_mistakes(ours, x),
         )
+        expect_gradients(theirs, ours, x)
 
 
 def _attention_mistakes(ours, x):
@@ -214,4 +224,5 @@ def loop(Loop):
             ),
         },
     )
+    expect_gradients(theirs, ours, x, 5)
     expect_raises(ValueError, lambda: theirs(x, 0), "Zero passes make no answer: raise a ValueError.")

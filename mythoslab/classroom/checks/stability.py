@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
 
 
 @checks("spectral_radius")
@@ -46,6 +46,8 @@ def lti_injection(LTIInjection):
         {name: tuple(weight.shape) for name, weight in theirs.named_parameters()} == {"log_rate": (4,), "inputs.weight": (4, 4)},
         "LTIInjection(4) should hold log_rate, one number per channel, and a linear map called inputs, without bias.",
     )
+    alike = torch.allclose(theirs.log_rate, ours.log_rate) and torch.equal(theirs.inputs.weight, ours.inputs.weight)
+    expect(alike, "log_rate should start evenly from −2 to 1, so that channels remember for different times, and inputs as the identity.")
     with torch.no_grad():
         ours.log_rate.copy_(torch.tensor([-2.0, -1.0, 0.0, 0.5]))
         ours.inputs.weight.add_(0.3 * torch.randn(4, 4))
@@ -89,6 +91,7 @@ def lti_injection(LTIInjection):
             "The inputs are forgotten: add (1 − decay) · B · inputs.": decay * state,
         },
     )
+    expect_gradients(theirs, ours, state, inputs)
     expect_raises(ValueError, lambda: theirs(state, inputs[:1]), "State and inputs of different shapes should raise a ValueError.")
 
 

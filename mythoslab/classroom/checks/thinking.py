@@ -92,6 +92,8 @@ def stopper(Stopper):
         Stopper(model, "settled", None, (1, 1)).threshold == 0.9,
         "Without a threshold that of RULES should hold: ask 'is None'.",
     )
+    for rule, bad in (("settled", 1.5), ("settled", 0.0), ("act", -1.0), ("act", math.inf)):
+        expect_raises(ValueError, lambda: Stopper(model, rule, bad, (1, 1)), f"A threshold of {bad:g} for {rule!r} should raise a ValueError.")
     headless = _model(halting="none")
     expect_raises(ValueError, lambda: Stopper(model, "never", None, (1, 1)), "An unknown rule should raise a ValueError.")
     expect_raises(
