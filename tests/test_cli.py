@@ -10,6 +10,7 @@ import pytest
 import mythoslab
 from mythoslab import cli
 from mythoslab.classroom import doctor, style
+from mythoslab.classroom.course import DATA
 
 
 def test_help_and_import_load_neither_torch_nor_matplotlib():
@@ -69,6 +70,37 @@ def test_an_old_python_is_told_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     assert cli.main(["progress"]) == 2
     assert capsys.readouterr().err.startswith("mythoslab: this is Python ")
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("train", "--preset", "forest", "--seed", "-1"), "--seed is -1; it must be at least 0, and below 2**62"),
+        (("train", "--preset", "forest", "--seed", str(2**64 - 1)), "below 2**62"),
+        (("train", "--preset", "forest", "--steps", "0"), "--steps is 0; it must be at least 1, and below 2**62"),
+        (("train", "--preset", "tiny", "--out", ""), "the folder to save to is"),
+        (("evidence", "--seeds", "1000000000"), "the number of seeds is 1000000000; it must be from 1 to 1,000"),
+        (("workbook", ""), "there is no"),
+        (("ask", "Hi", "--from", str(DATA / "course"), "--passes", "1000000"), "--passes is 1000000; it must be at most 10,000"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_in_one_sentence(words, told, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(list(words)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mythoslab: ") and error.count("\n") == 1 and told in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_results_that_are_no_text_are_refused_by_name(tmp_path, capsys):
+    (tmp_path / "mine").write_bytes(b"\xff\xfe")
+    assert cli.main(["evidence", "--out", str(tmp_path / "mine")]) == 2
+    assert "mine holds no results of trials: choose another file with --out" in capsys.readouterr().err
+
+
+def test_a_folder_of_somebody_unknown_is_taken_by_its_name():
+    run = run_command(["--version"], MYTHOSLAB_WORKBOOKS="~nobody-here/x")
+    assert run.communicate()[1] == b"" and run.returncode == 0
 
 
 def test_an_unknown_command_lists_the_commands(capsys):

@@ -13,7 +13,7 @@ from mythoslab import cli
 from mythoslab.classroom import evidence
 from mythoslab.classroom.course import DATA, UserError
 from mythoslab.classroom.evidence import COLOURS, GROUPS, LABELS, Trial, build, by_depth, fact_list, learn, planned, read_results
-from mythoslab.classroom.evidence import question_loss, stairs
+from mythoslab.classroom.evidence import question_loss, stairs, think_on
 
 
 def test_a_question_is_answered_by_following_the_facts_of_its_list():
@@ -39,6 +39,37 @@ def test_every_trial_on_facts_trains(trial):
     learn(replace(trial, n_steps=2), model)
     assert any(not torch.equal(before[name], weight) for name, weight in model.core.named_parameters())
     assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("trial", [trial for trial in GROUPS["depth"] if trial.rest], ids=lambda trial: trial.name)
+@pytest.mark.parametrize("n_facts", [None, 30])
+def test_facts_at_rest_are_not_computed_and_all_numbers_are_those_of_masked_passes(trial, n_facts):
+    model = build(trial)
+    batch = fact_list(3, max_depth=5, n_facts=n_facts, generator=torch.Generator().manual_seed(0))
+    asked, weights = batch.difficulty >= 0, list(model.core.parameters())
+    n_asked, seen = int(asked[0].sum()), []
+    with torch.no_grad():
+        for weight in weights:
+            weight.add_(torch.randn_like(weight) / 20)
+    model.core.blocks[0].register_forward_hook(lambda block, given, result: seen.append(result.shape[1]))
+    masked = model.think(batch.tokens, batch.passes_at_rest(7))[:, :, -n_asked:]
+    seen.clear()
+    resting = think_on(model, batch.tokens, 7, n_asked)
+    assert seen == [batch.tokens.shape[1]] * 2 + [n_asked] * 5
+    assert torch.allclose(masked, resting, atol=1e-5)
+    weigh = torch.randn_like(masked)
+    slopes = [torch.autograd.grad((weigh * states).sum(), weights, allow_unused=True, materialize_grads=True) for states in (masked, resting)]
+    assert all(torch.allclose(one, other, atol=1e-3, rtol=1e-3) for one, other in zip(*slopes))
+
+
+def test_where_facts_rest_the_loss_is_that_of_masked_passes():
+    trial = next(trial for trial in GROUPS["depth"] if trial.rest)
+    model, batch = build(trial), fact_list(3, max_depth=5, n_facts=30, generator=torch.Generator().manual_seed(0))
+    asked, losses = batch.difficulty >= 0, []
+    for index, state in enumerate(model.think(batch.tokens, batch.passes_at_rest(7))):
+        losses.append(torch.nn.functional.cross_entropy(model.read(state, at=asked), batch.targets(index)[asked]))
+    loss, right = question_loss(model, batch, 7, trial)
+    assert torch.allclose(loss, torch.stack(losses).mean(), atol=1e-5) and right.shape == (int(asked.sum()),)
 
 
 def test_a_stack_has_a_block_for_every_pass():

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..model import Core, Mythos, MythosConfig, initialise
+from ..model import Core, Mythos, MythosConfig, Shown, initialise
 from ..moe import MixtureOfExperts
 from ..questions import Tokenizer, forest, reference_documents, require, split, text_batches, two_chains
 from ..recurrence import RMSNorm
 from ..thinking import think
-from ..training import Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, halting_loss, held_out_bits, optimisers
-from ..training import question_words, schedule, training_step
+from ..training import REST_AFTER, Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, halting_loss, held_out_bits
+from ..training import optimisers, question_words, schedule, training_step
 from .course import UserError, can_write, shown
 
 LABELS, COLOURS = 80, 8
@@ -68,6 +68,7 @@ class Trial:
         core: ``"ours"``; ``"bare"``, that without a norm of the state; ``"stack"``, a block for every pass; ``"theirs"``, the update of
             OpenMythos; ``"no index"``, that without the number of the pass; ``"theirs, normed"``, that with a norm of the state.
         head: Bias that the halting head begins with: 0 for one half, and far below it for a head that hardly stops anything.
+        rest: Facts rest after two passes in training too, and from there on only questions are computed.
         seed: Of weights and questions.
     """
 
@@ -82,6 +83,7 @@ class Trial:
     n_facts: int = 64
     core: str = "ours"
     head: float = 0.0
+    rest: bool = False
     seed: int = 0
 
     @property
@@ -111,6 +113,8 @@ GROUPS = {
         Trial("with LoRA", model=_lora, n_steps=2200),
         Trial("with all three", model=_mla | _moe | _lora, n_steps=1500),
         Trial("with all three, longer", model=_mla | _moe | _lora, n_steps=1700),
+        Trial("facts at rest", rest=True, n_steps=2200),
+        Trial("with all three, facts at rest", rest=True, model=_mla | _moe | _lora, n_steps=1700),
     ),
     "parts": (
         Trial("LTI injection", model=dict(injection="lti")),
@@ -168,7 +172,7 @@ GROUPS = {
         Trial("as many weights, no loop", **_text, passes=1, model=dict(n_passes=1)),
         Trial("as much work, no loop", **_text, passes=1, model=dict(n_passes=1, n_core=4)),
         Trial("with MLA", **_text, model=dict(attention="mla", kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)),
-        Trial("with experts", **_text, model=dict(ffn="moe", expert_dim=192, n_routed_experts=8, n_experts_per_token=1)),
+        Trial("with experts", **_text, model=dict(ffn="moe", expert_dim=128, n_routed_experts=8, n_experts_per_token=2)),
         Trial("with LoRA", **_text, model=dict(pass_adapter="lora")),
     ),
 }
@@ -389,16 +393,46 @@ def learn(trial: Trial, model: Mythos) -> dict[int, float]:
     return begun
 
 
+class AtRest(Shown):
+    """What the first tokens showed last, for those behind them that think on."""
+
+    def __init__(self, kept: Tensor):
+        super().__init__()
+        self.kept, self.length = kept, kept.shape[1]
+
+    def write(self, new, pass_index):
+        return torch.cat((self.kept, new), 1)
+
+
+def think_on(model: Mythos, tokens: Tensor, n_passes: int, n_asked: int) -> Tensor:
+    """The states of the last ``n_asked`` tokens after every pass, with all others at rest after two: (pass, batch, asked, dim).
+
+    The same numbers as :meth:`Mythos.think` gives, which computes every pass of all; and gradients, unlike :func:`think`.
+    """
+    inputs, shown = model.inputs(tokens, None), [Shown() for _ in model.core.blocks]
+    n_told = tokens.shape[1] - n_asked
+    states = list(model.core(inputs, min(n_passes, REST_AFTER), shown)[:, :, n_told:])
+    resting = [AtRest(memory.last[:, :n_told]) for memory in shown]
+    for pass_index in range(REST_AFTER, n_passes):
+        states.append(model.core.one_pass(states[-1], inputs[:, n_told:], pass_index, resting))
+    return torch.stack(states)
+
+
 def question_loss(model: Mythos, batch: QuestionBatch, n_passes: int, trial: Trial) -> tuple[Tensor, Tensor]:
     """Cross-entropy of what the trial teaches, and which answers are right in the end."""
-    states, asked = model.think(batch.tokens, n_passes), batch.difficulty >= 0
+    asked = at = batch.difficulty >= 0
+    if trial.rest:  # all questions stand at the end
+        n_asked = int(asked[0].sum())
+        states, at = think_on(model, batch.tokens, n_passes, n_asked), asked[:, -n_asked:]
+    else:
+        states = model.think(batch.tokens, n_passes)
     answer = batch.path[..., -1][asked]
     if trial.taught == "answer":
-        logits = model.read(answer_state(model, states, trial), at=asked)
+        logits = model.read(answer_state(model, states, trial), at=at)
         return F.cross_entropy(logits, answer), logits.argmax(-1) == answer
     losses = []
     for index, state in enumerate(states):
-        logits = model.read(state, at=asked)
+        logits = model.read(state, at=at)
         losses.append(F.cross_entropy(logits, batch.targets(index)[asked] if trial.taught == "links" else answer))
     return torch.stack(losses).mean(), logits.argmax(-1) == answer
 
@@ -411,7 +445,8 @@ def learn_halting(trial: Trial, model: Mythos, n_steps: int = 300, n_passes: int
     for step in tqdm(range(n_steps), desc=f"{trial.task}, {trial.name}, halting", leave=False):
         n_facts = None if step % 2 else int(torch.randint(8, trial.n_facts + 1, (), generator=draw))
         batch = questions(trial, 24, max_depth=DEPTH, n_facts=n_facts, generator=draw)
-        loss = halting_loss(model, batch.tokens, batch.difficulty >= 0, n_passes)
+        each = batch.passes_at_rest(n_passes) if trial.rest else n_passes
+        loss = halting_loss(model, batch.tokens, batch.difficulty >= 0, each)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -426,8 +461,7 @@ def answers_after(model: Mythos, batch: QuestionBatch, passes: Sequence[int], tr
         rest: Let tokens that are asked nothing stop after two passes.
     """
     asked = batch.difficulty >= 0
-    each = torch.where(asked, max(passes), 2) if rest else max(passes)
-    states = model.think(batch.tokens, each)
+    states = model.think(batch.tokens, batch.passes_at_rest(max(passes)) if rest else max(passes))
     for count in passes:
         yield model.read(answer_state(model, states[:count], trial), at=asked)
 
@@ -566,6 +600,8 @@ def read_results(path: str | Path) -> dict[str, dict]:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read ({error.strerror}): choose another file with --out") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{shown(path)} holds no results of trials: choose another file with --out") from None
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -609,7 +645,7 @@ def planned(only: str | None = None, n_seeds: int = SEEDS) -> list[Trial]:
         ValueError: There is no such group, or there are no seeds.
     """
     require(only is None or only in GROUPS, "the group", only, f"one of {', '.join(GROUPS)}")
-    require(n_seeds >= 1, "the number of seeds", n_seeds, "at least 1")
+    require(1 <= n_seeds <= 1000, "the number of seeds", n_seeds, "from 1 to 1,000")
     trials = [trial for group in (GROUPS if only is None else [only]) for trial in GROUPS[group]]
     rare = [trial for trial in trials if trial.task == "facts" and trial.name in RARE]
     return [replace(trial, seed=seed) for seed in range(4 * n_seeds) for trial in (trials if seed < n_seeds else rare)]
