@@ -73,7 +73,8 @@ class MythosConfig:
         q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: Of ``"mla"``; ``q_lora_rank`` 0 for
             none.
         ffn: Of the core: ``"dense"`` or ``"moe"``; prelude and coda are dense.
-        expert_dim, n_routed_experts, n_experts_per_token, n_shared_experts: Of ``"moe"``.
+        expert_dim, n_routed_experts, n_experts_per_token, n_shared_experts: Of ``"moe"``; the weights of several chosen experts sum
+            to one, that of a single one is its score.
         injection: How a pass gets its inputs: ``"add"`` them, ``"lti"``, a free ``"linear"`` layer over both, or
             ``"none"``.
         pass_adapter: What makes passes differ: ``"none"``, ``"embedding"`` or ``"lora"`` of ``lora_rank``.
@@ -803,6 +804,8 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
                 dtype = file.get_tensor("embedding.weight").dtype
             return super()._load_as_safetensor(model.to(dtype), model_file, *args)
         except (SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("Error(s) in loading"):
+                raise
             reason = " ".join(str(error).split())  # PyTorch's has many lines
             raise ValueError(f"{model_file} does not hold the weights of a model of this configuration ({reason[:300]})") from None
 

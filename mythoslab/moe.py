@@ -150,10 +150,6 @@ def grouped_product(
     """
     if learns_by_one_dnn(rows, weights) and len(rows) >= MANY_ROWS * len(weights):
         return _GroupedByOneDNN.apply(rows, weights, ends.tolist())
-    device = rows.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # it knows linear layers, and not this
-        half = torch.get_autocast_dtype(device)
-        rows, weights = rows.to(half), weights.to(half)
     whole = 16 // rows.element_size()
     known = rows.dtype == weights.dtype != torch.float64 and (rows.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
     if known and weights.shape[1] % whole == 0 and weights.shape[2] % whole == 0:

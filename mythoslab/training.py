@@ -1108,13 +1108,13 @@ def train(
     checkpoints(folder) if resume else can_begin(folder)
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with alone_in(folder):
+    with alone_in(folder):
+        try:
             return _train(model, data, config, words, folder, resume)
-    finally:
-        with suppress(OSError):  # where something lies
-            for part in made:
-                part.rmdir()
+        finally:
+            with suppress(OSError):  # where something lies
+                for part in made:
+                    part.rmdir()
 
 
 def _train(
@@ -1138,6 +1138,8 @@ def _train(
             draw.set_state(tensors["draw"])
             curriculum = Curriculum(**state["curriculum"])
             history = [Step(*values) for values in state["history"]]
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, KeyError, RuntimeError):
             raise ValueError(f"the run in {folder} was written by another version: go on with that, or remove the folder to begin anew") from None
         for _ in range(state["step"] * config.accumulate if text else 0):
@@ -1215,7 +1217,10 @@ def settled(answers: Int64[Tensor, "pass *token"]) -> Bool[Tensor, "pass *token"
 
 
 def halting_loss(
-    model: Mythos, tokens: Int64[Tensor, "batch position"], asked: Bool[Tensor, "batch position"], n_passes: int
+    model: Mythos,
+    tokens: Int64[Tensor, "batch position"],
+    asked: Bool[Tensor, "batch position"],
+    n_passes: int | Int64[Tensor, "batch position"],
 ) -> Float[Tensor, ""]:
     """How far the halting head is from stopping where it should, in nats: mean over asked tokens and passes, plus mean over the others.
 
@@ -1224,7 +1229,7 @@ def halting_loss(
 
     Args:
         asked: Where an answer is asked for.
-        n_passes: Passes after which an answer counts as final.
+        n_passes: Passes after which an answer counts as final, of all tokens or of each.
     """
     with torch.no_grad():
         states = model.think(tokens, n_passes)
@@ -1361,8 +1366,8 @@ def can_save(path: str | Path) -> None:
     require(apart, "the folder to save to", str(path), "one inside the current folder, or inside what is mounted there")
     try:
         if path.exists():
-            records = RECORDS if (path / "model.safetensors").exists() else ()  # else they are somebody's own
-            others = sorted(file.name for file in path.iterdir() if file.name not in (*FILES, *records, *NOTHING))
+            ours = FILES + RECORDS if (path / "model.safetensors").exists() else ()  # else they are somebody's own
+            others = sorted(file.name for file in path.iterdir() if file.name not in ours + NOTHING)
             require(
                 not others,
                 f"what lies in {path}",
@@ -1442,7 +1447,7 @@ def load(path: str | Path) -> tuple[Mythos, Tokenizer]:
             require(got == shapes.get(name), name, got, str(shapes.get(name, "left out")))
             whole = weights[name].is_floating_point() and bool(weights[name].isfinite().all())
             require(whole, f"a number of {name}", "none, or not finite", "a finite one of a floating-point dtype")
-        kinds = {weight.dtype for weight in weights.values()}
+        kinds = {weights[name].dtype for name, _ in model.named_parameters()}  # the bias of experts has its own
         require(len(kinds) == 1, "the dtypes of the weights", kinds, "one")
         model.load_state_dict(weights, assign=True)
         if config.tie_embeddings:
@@ -1673,25 +1678,32 @@ def train_preset(
     print(f"{count_parameters(config):,} weights, {plan.n_steps} steps on {device.type}, {speed:,.0f} tokens/s")
     goes_on = "the same command with --resume goes on"
     try:
-        if plan.halting_steps:
-            train_halting(model, tokens, plan, words=words)
-        save(out, model, tokenizer, log=(run / "log.jsonl").read_text(encoding="utf-8"))
-        print(f"saved to {out}; measuring it")
-        results = measure(model, tokenizer, training, held_out, seed=seed, max_depth=plan.max_depth if plan.question_batch else None)
-        results["run"] = dict(preset=name, seed=seed, n_steps=plan.n_steps, seconds=round(history[-1].seconds), weights=count_parameters(config))
-        results["run"] |= dict(torch=torch.__version__, device=device.type, text=str(text or "the Python reference"))
-        late = [step.loss for step in history[-200:] if step.loss is not None]
-        results["run"]["training_loss"] = sum(late) / len(late) if late else None
-        print(told_results(results))
-        write_results(out, results)
-        if (run / "tensorboard").exists():
-            shutil.move(run / "tensorboard", out / "tensorboard")
+        with alone_in(run):
+            if plan.halting_steps:
+                train_halting(model, tokens, plan, words=words)
+            save(out, model, tokenizer, log=(run / "log.jsonl").read_text(encoding="utf-8"))
+            print(f"saved to {out}; measuring it")
+            results = measure(model, tokenizer, training, held_out, seed=seed, max_depth=plan.max_depth if plan.question_batch else None)
+            results["run"] = dict(preset=name, seed=seed, n_steps=plan.n_steps, seconds=round(history[-1].seconds), weights=count_parameters(config))
+            results["run"] |= dict(torch=torch.__version__, device=device.type, text=str(text or "the Python reference"))
+            late = [step.loss for step in history[-200:] if step.loss is not None]
+            results["run"]["training_loss"] = sum(late) / len(late) if late else None
+            try:
+                write_results(out, results)
+            except OSError:
+                print(told_results(results))  # it took long enough
+                raise
+            if (run / "tensorboard").exists():
+                shutil.copytree(run / "tensorboard", out / "tensorboard")
+            remove_run(run)  # only now: until here it can be gone on with
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped after the last step, saved in {run}: {goes_on}") from None
+    except BrokenPipeError:
+        raise
     except OSError as error:
         remedy = "make room" if error.errno == errno.ENOSPC else "mend that"
         raise OSError(f"{out} cannot be written ({error.strerror or error}): {remedy}, then {goes_on}") from None
-    remove_run(run)  # only now: until here it can be gone on with
+    print(told_results(results))
     opening = "The for statement"
     sample = "".join(continuation(model, tokenizer, opening, seed=seed))
     print(f"\n{opening}{sample}\n")

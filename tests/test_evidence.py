@@ -13,7 +13,7 @@ from mythoslab import cli
 from mythoslab.classroom import evidence
 from mythoslab.classroom.course import DATA, UserError
 from mythoslab.classroom.evidence import COLOURS, GROUPS, LABELS, Trial, build, by_depth, fact_list, learn, planned, read_results
-from mythoslab.classroom.evidence import question_loss, stairs, think_on
+from mythoslab.classroom.evidence import learn_halting, question_loss, stairs, think_on
 
 
 def test_a_question_is_answered_by_following_the_facts_of_its_list():
@@ -60,6 +60,14 @@ def test_facts_at_rest_are_not_computed_and_all_numbers_are_those_of_masked_pass
     weigh = torch.randn_like(masked)
     slopes = [torch.autograd.grad((weigh * states).sum(), weights, allow_unused=True, materialize_grads=True) for states in (masked, resting)]
     assert all(torch.allclose(one, other, atol=1e-3, rtol=1e-3) for one, other in zip(*slopes))
+
+
+def test_where_facts_rest_the_head_learns_from_facts_that_do():
+    trial = next(trial for trial in GROUPS["depth"] if trial.rest)
+    model = build(trial)
+    before = [weight.detach().clone() for weight in model.halting.parameters()]
+    learn_halting(trial, model, n_steps=2)
+    assert any(not torch.equal(one, other) for one, other in zip(before, model.halting.parameters()))
 
 
 def test_where_facts_rest_the_loss_is_that_of_masked_passes():

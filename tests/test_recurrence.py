@@ -385,6 +385,17 @@ class CutOff(Attention):
             return super().forward(x)
 
 
+class StaysWide(RMSNorm):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class StoresEps(RMSNorm):
+    def __init__(self, dim, eps=1e-6):
+        super().__init__(dim, eps)
+        self.register_buffer("eps_", torch.tensor(eps))
+
+
 class NormsInHalf(RMSNorm):
     def forward(self, x):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
@@ -423,6 +434,8 @@ MISTAKES = [
     ("Loop", CutBetweenPasses, "cannot be learned from"),
     ("Attention", CutOff, "cannot be learned from"),
     ("RMSNorm", NormsInHalf, "squares overflow"),
+    ("RMSNorm", StaysWide, "hand back the dtype"),
+    ("RMSNorm", StoresEps, "eps_ would be stored"),
     ("rotate", lambda x, angles: rotate(x, angles).detach(), "cannot be learned from"),
 ]
 

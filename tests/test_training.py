@@ -1145,6 +1145,7 @@ def test_how_often_a_run_is_saved_may_change(interrupted, words, data):
 
 
 def test_a_second_run_into_a_folder_is_refused_and_costs_the_first_nothing(words, data, tmp_path):
+    pytest.importorskip("fcntl", reason="this system has no locks to test")
     folder = tmp_path / "run"
     folder.mkdir()
     with training.alone_in(folder):
@@ -1640,7 +1641,7 @@ def test_a_folder_with_other_files_is_never_replaced(trained, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("name", ["README.md", "log.jsonl", "results.json", "tensorboard"])
+@pytest.mark.parametrize("name", ["README.md", "config.json", "log.jsonl", "results.json", "tensorboard"])
 def test_what_lies_where_no_model_does_is_somebodys_own(trained, tmp_path, name):
     (tmp_path / name).write_text("my notes")
     with pytest.raises(ValueError, match=f"what lies in .* is '{name}'"):
@@ -1899,6 +1900,36 @@ def test_what_stops_the_measuring_costs_nothing(small, monkeypatch, capsys):
     assert told.err.splitlines()[-1].endswith("(No space left on device): make room, then the same command with --resume goes on")
     assert cli.main([*words, "--resume"]) == 0
     assert json.loads((out / "results.json").read_text(encoding="utf-8"))["run"]["n_steps"] == 6 and list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_with_experts_comes_back_in_its_dtype(trained, tmp_path, dtype):
+    config = replace(trained[1].config, ffn="moe", expert_dim=8, n_routed_experts=4)
+    save(tmp_path / "model", Mythos(config).to(dtype), trained[0])
+    assert {weight.dtype for weight in load(tmp_path / "model")[0].parameters()} == {dtype}
+
+
+def test_a_reader_who_goes_away_while_it_is_measured_is_no_unwritable_folder(small, monkeypatch, capsys):
+    words, out = small
+
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(training, "told_results", gone)
+    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)
+    assert cli.main(words) == 141
+    assert (out / "results.json").exists() and list(out.parent.iterdir()) == [out]
+
+
+def test_a_run_that_is_being_measured_is_not_gone_on_with_by_another(small, monkeypatch, capsys):
+    pytest.importorskip("fcntl", reason="this system has no locks to test")
+    words, out = small
+    stopped_at(monkeypatch, words, 3)
+    run, before = out.with_name("mine.training"), capsys.readouterr()
+    with training.alone_in(run):
+        assert cli.main([*words, "--resume"]) == 2
+    assert f"another run is writing to {run}" in capsys.readouterr().err
+    assert cli.main([*words, "--resume"]) == 0
 
 
 def test_a_text_of_which_hardly_anything_is_held_out_is_refused_before_training(small, monkeypatch, capsys):

@@ -101,6 +101,12 @@ def route(route):
         logits,
         sentence="The router cannot learn: a gradient must come back through the weights to the logits, so leave the scores in the graph.",
     )
+    expect_gradients(
+        lambda numbers: route(numbers, bias, 3).scores,
+        lambda numbers: ours(numbers, bias, 3).scores,
+        logits,
+        sentence="The scores that are handed back are cut off from the logits: a balance loss is to teach the router through them.",
+    )
     for wrong in (dict(scoring_func="relu"), dict(n_group=3), dict(n_group=4, topk_group=5)):
         expect_raises(ValueError, lambda: route(logits, bias, 3, **wrong), f"{wrong} with eight experts should raise a ValueError.")
     for count in (0, 9):

@@ -44,12 +44,15 @@ def rms_norm(RMSNorm):
     with torch.no_grad():
         norm.weight.mul_(2)
     expect_close(norm(x), 2 * F.rms_norm(x, (8,), eps=1e-6), "The learned weight has no effect: multiply the scaled token by it.")
+    more = sorted(norm.state_dict().keys() - {"weight"})
+    expect(not more, f"{', '.join(more)} would be stored with the weights: keep eps as a number, or register_buffer(…, persistent=False).")
     ours = reference("recurrence").RMSNorm(8)
     ours.load_state_dict(norm.state_dict())
     expect_gradients(norm, ours, x)
     large = torch.full((1, 8), 300.0, dtype=torch.float16)
+    half = RMSNorm(8).half()(large)
     expect(
-        bool((RMSNorm(8).half()(large) - 1).abs().max() < 0.01),
+        half.dtype == torch.float16 and bool((half - 1).abs().max() < 0.01),
         "In float16 a token of 300s comes out wrong: its squares overflow, so take them in float32, and hand back the dtype that came in.",
     )
 
@@ -109,7 +112,7 @@ def rotate(rotate):
             "The halves are joined in the wrong order.": torch.cat((first * sin + second * cos, first * cos - second * sin), -1),
         },
     )
-    expect_gradients(rotate, reference("recurrence").rotate, x, angles)
+    expect_gradients(lambda x: rotate(x, angles), lambda x: reference("recurrence").rotate(x, angles), x)
 
 
 @checks("Attention")
