@@ -40,6 +40,10 @@ class PassEmbedding(nn.Module):
         dim: Channels.
         beyond: At later passes ``"hold"`` the last vector, or add ``"none"``.
 
+    Attributes:
+        vectors: A parameter, (n_passes, dim), zeros at the start.
+        beyond: As given; it may be changed later.
+
     Shape:
         x (..., dim), pass_index counted from 0 → (..., dim)
 
@@ -71,6 +75,11 @@ class DepthLoRA(nn.Module):
         rank: Of the change, at most the smaller of the two.
         n_passes: Passes with a change of their own.
         beyond: At later passes ``"hold"`` the last change, or use ``"none"``.
+
+    Attributes:
+        lora_a: A parameter, (n_passes, rank, in_features), at random, of deviation ``1 / √in_features``.
+        lora_b: A parameter, (n_passes, out_features, rank), zeros at the start.
+        beyond: As given; it may be changed later.
 
     Raises:
         ValueError: A size is below one, the rank is larger than the layer, a shape is not the layer's, ``pass_index``

@@ -159,7 +159,8 @@ def ponder_kl(distribution: Float[Tensor, "pass *token"], prior_rate: float) -> 
             cut, is ``1 / prior_rate`` passes.
 
     Returns:
-        Not negative; zero exactly where the distribution is the prior.
+        Not negative; zero exactly where the distribution is the prior. A pass without a share counts nothing, and its gradient
+        is finite, too: a head that is sure makes such passes.
 
     Raises:
         ValueError: There is no pass, the distribution does not sum to one, or the rate is out of range.

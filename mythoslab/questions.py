@@ -148,7 +148,7 @@ def two_chains(
     generator: torch.Generator,
     n_labels: int | None = None,
 ) -> ForestBatch:
-    """Draw balanced questions to test on: two chains of equal length whose roots have different colours.
+    """Draw balanced questions to test on: two chains of equal length whose roots have different colours, any two alike.
 
     Args:
         batch_size: Number of lists of facts, ≥ 1.
@@ -419,8 +419,8 @@ def text_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut a text into batches of windows, forever: the inputs, and the targets one token later.
 
-    In each epoch the windows lie end to end, from a random offset, and come in random order. The same seed
-    gives the same batches.
+    In each epoch the windows lie end to end, from a random offset, and come in random order, each once; a batch that an
+    epoch cannot fill goes on in the next. The same seed gives the same batches.
 
     Args:
         tokens: The text, as token ids.

@@ -29,6 +29,9 @@ class RMSNorm(nn.Module):
         dim: Channels.
         eps: Added to the mean square, inside the root, so that a zero vector stays finite.
 
+    Attributes:
+        weight: A parameter, (dim,), ones at the start.
+
     Shape:
         (..., dim) → (..., dim), of the dtype that came in; in between it computes in float32 at least.
 
@@ -70,6 +73,8 @@ def rotate(
 ) -> Float[Tensor, "*batch position head_dim"]:
     """Turn channel pairs (i, i + half) of queries or keys, so that position enters their product as the distance alone.
 
+    The dtype stays that of ``x``.
+
     Source: Su et al. 2021 (RoFormer), eq. 34, with the pairing of GPT-NeoX and Llama.
     """
     first, second = x.chunk(2, -1)  # each (..., position, half)
@@ -85,6 +90,11 @@ class Attention(nn.Module):
         n_heads: Heads, each with ``dim // n_heads`` channels.
         causal: A position sees itself and earlier ones only.
         rope_theta: Base of the rotary positions; ``None`` for no positions, where order means nothing.
+
+    Attributes:
+        qkv: A linear map without bias, dim → 3 · dim: all queries, then all keys, then all values, each head by head.
+        out: A linear map without bias, dim → dim, of the heads side by side.
+        n_heads, causal, rope_theta: As given.
 
     Shape:
         (batch, position, dim) → (batch, position, dim)
@@ -174,6 +184,10 @@ class Loop(nn.Module):
     Args:
         blocks: Modules that keep the shape of the state.
         dim: Channels of the state.
+
+    Attributes:
+        blocks: An ``nn.ModuleList`` of them.
+        norm: An :class:`RMSNorm`, one for all passes.
 
     Shape:
         inputs (batch, position, dim) → the state after every pass, (pass, batch, position, dim)

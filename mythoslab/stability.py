@@ -48,8 +48,11 @@ class LTIInjection(nn.Module):
     one pass, of ``d state / dt = −rate ⊙ (state − B · inputs)``. Its fixed point is ``B · inputs``.
 
     Args:
-        dim: Channels of the state; each has a rate of its own, in units of one over a pass. Their logarithms start evenly from −2 to 1,
-            and B as the identity.
+        dim: Channels of the state; each has a rate of its own, in units of one over a pass.
+
+    Attributes:
+        log_rate: A parameter, (dim,), at the start evenly from −2 to 1.
+        inputs: B, a linear map dim → dim without bias, at the start the identity.
 
     Shape:
         state, inputs: (..., dim) → (..., dim)
@@ -69,7 +72,8 @@ class LTIInjection(nn.Module):
         nn.init.eye_(self.inputs.weight)
 
     def decay(self) -> Float[Tensor, "dim"]:
-        """Factor of each channel at each pass, strictly inside (0, 1) for any parameters, in their dtype."""
+        """Factor of each channel at each pass, strictly inside (0, 1) for any parameters, in their dtype; with no gradient from a
+        log rate that is out of range."""
         limits = torch.finfo(self.log_rate.dtype)
         slowest, fastest = math.log(limits.eps), math.log(-math.log(limits.tiny) - 1)
         wide = torch.float32 if self.log_rate.device.type == "mps" else torch.float64  # which MPS does not know
@@ -110,7 +114,7 @@ def inject_beside_block(
     """One pass with the block beside the injection: ``injection(state, inputs) + block(state + inputs)``.
 
     A residual block, ``x + f(x)``, hands the state back whole, so that the factor is ``decay + 1``, and no decay bounds that, not even
-    if ``f`` norms what it reads. Norm before the residual path parts: ``block(norm(state + inputs))``.
+    if ``f`` norms what it reads. (A norm before the residual path parts, ``block(norm(state + inputs))``, would; it is left out here.)
 
     Source: OpenMythos (Gomez 2026), ``A · h + B · e + transformer(norm(h + e))``, here without its norm of the sum.
     """

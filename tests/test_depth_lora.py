@@ -524,6 +524,30 @@ class WritesToItsInput(PassEmbedding):
         return x.copy_(super().forward(x, pass_index))
 
 
+class KeepsTheRule(PassEmbedding):
+    def __init__(self, n_passes, dim, beyond="hold"):
+        super().__init__(n_passes, dim, beyond)
+        self.rule = beyond
+
+    def forward(self, x, pass_index):
+        asked, self.beyond = self.beyond, self.rule
+        answer = super().forward(x, pass_index)
+        self.beyond = asked
+        return answer
+
+
+class KeepsItsRule(DepthLoRA):
+    def __init__(self, *sizes, beyond="hold", **more):
+        super().__init__(*sizes, beyond=beyond, **more)
+        self.rule = beyond
+
+    def merged(self, weight, pass_index):
+        asked, self.beyond = self.beyond, self.rule
+        answer = super().merged(weight, pass_index)
+        self.beyond = asked
+        return answer
+
+
 def first_of_all(matrix, rank):
     lora_b, lora_a = low_rank(matrix, rank)
     return (lora_b, lora_a) if matrix.dim() == 2 else (lora_b[:1].expand_as(lora_b), lora_a[:1].expand_as(lora_a))
@@ -567,6 +591,8 @@ MISTAKES = [
     ("low_rank", all_on_one_side, "one factor has the singular values alone"),
     ("low_rank", judged_by_rows, "Rank 5 of a 4 × 5 matrix"),
     ("low_rank", transposed_again, "V transposed already"),
+    ("PassEmbedding", KeepsTheRule, "rule was changed"),
+    ("DepthLoRA", KeepsItsRule, "rule was changed"),
     ("low_rank", first_of_all, "factors of its own"),
     ("fold_norms", folding(READERS, copied=False), "work on a copy"),
     ("fold_norms", folding(READERS, to_one=False), "count twice"),
@@ -578,5 +604,5 @@ MISTAKES = [
 ]
 
 test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
-    MISTAKES, [PassEmbedding, DepthLoRA, low_rank, fold_norms]
+    MISTAKES, [PassEmbedding, DepthLoRA, inspect.unwrap(low_rank), fold_norms]
 )

@@ -501,6 +501,28 @@ def writes_to_its_input(function):
     return changed
 
 
+def in_its_dtype(halt_prob, threshold=0.99):
+    if halt_prob.dtype == torch.float32:
+        return exit_pass(halt_prob, threshold)
+    acc, leaves = torch.zeros_like(halt_prob[0]), torch.full(halt_prob.shape[1:], len(halt_prob))
+    for number, share in enumerate(halt_prob, 1):
+        acc = acc + share * (1 - acc)
+        leaves = torch.where((acc >= threshold) & (leaves == len(halt_prob)), number, leaves)
+    return leaves
+
+
+def one_or_the_last(halt_prob, threshold=0.99):
+    exit_pass(halt_prob, threshold)  # refuses what it should
+    holds = halt_prob >= threshold
+    return torch.where(holds.any(0), holds.int().argmax(0) + 1, len(halt_prob))
+
+
+def by_xlogy(distribution, prior_rate):
+    ponder_kl(distribution.detach(), prior_rate)
+    prior = prior_rate * (1 - prior_rate) ** torch.arange(len(distribution)).view(-1, *[1] * (distribution.dim() - 1))
+    return (torch.xlogy(distribution, distribution) - distribution * (prior / prior.sum(0)).log()).sum(0)
+
+
 def remainder_cut_off(halt_prob, threshold=0.99):
     weights = act_weights(halt_prob, threshold)
     return torch.where(weights == halt_prob, weights, weights.detach())
@@ -533,6 +555,10 @@ MISTAKES = [
     ("act_weights", last_pays_nothing, "never reaches the threshold"),
     ("act_weights", multiplied, "halting distribution"),
     ("act_weights", divided, "scale the weights"),
+    ("act_weights", lambda halt_prob, threshold=0.99: act_weights(halt_prob, threshold).float(), "hand back the dtype"),
+    ("exit_pass", in_its_dtype, "accumulate in float32"),
+    ("exit_pass", one_or_the_last, "or take the last"),
+    ("ponder_kl", by_xlogy, "its gradient at a share of 0"),
     ("act_weights", remainder_cut_off, "cannot be learned from"),
     ("halting_distribution", lambda halt_prob: halting_distribution(halt_prob.detach()), "cannot be learned from"),
     ("ponder_kl", lambda distribution, rate: ponder_kl(distribution.detach(), rate), "cannot be learned from"),

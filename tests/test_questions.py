@@ -558,6 +558,7 @@ MISTAKES = {
             "holds exactly one window",
             ("len(tokens) - context_length  #", "len(tokens) - context_length - 1  #"),
         ),
+        ("are lost", ("starts = torch.cat([starts, epoch", "starts = torch.cat([starts[:0], epoch")),
         ("check outside of it", ("return forever()", "yield from forever()")),
     ],
     "bits_per_byte": [

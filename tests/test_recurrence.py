@@ -370,6 +370,46 @@ def test_a_loop_without_blocks_and_attention_without_heads_are_refused():
         Attention(8, 0)
 
 
+class RunsAll(Loop):
+    def forward(self, inputs, n_passes):
+        state, states = inputs, []
+        for _ in range(n_passes):
+            for block in self.blocks:
+                state = block(self.norm(state) + inputs)
+            states.append(state)
+        return torch.stack(states)
+
+
+class OwnNames(Attention):
+    def __init__(self, dim, n_heads, *, causal=True, rope_theta=10000.0):
+        super().__init__(dim, n_heads, causal=causal, rope_theta=rope_theta)
+        self._kept = self.n_heads, self.causal, self.rope_theta
+        del self.n_heads, self.causal, self.rope_theta
+
+    def forward(self, x):
+        self.n_heads, self.causal, self.rope_theta = self._kept
+        answer = super().forward(x)
+        del self.n_heads, self.causal, self.rope_theta
+        return answer
+
+
+class AlwaysTenThousand(Attention):
+    def forward(self, x):
+        kept, self.rope_theta = self.rope_theta, self.rope_theta and 10000.0
+        answer = super().forward(x)
+        self.rope_theta = kept
+        return answer
+
+
+class OwnEps(RMSNorm):
+    def __init__(self, dim, eps=1e-6):
+        super().__init__(dim, 1e-6)
+
+
+def widening(x, angles):
+    return rotate(x.float(), angles)
+
+
 class CutBetweenPasses(Loop):
     def forward(self, inputs, n_passes):
         state, states = inputs, []
@@ -431,6 +471,11 @@ MISTAKES = [
     ("Loop", ReturnsTheLast, "first dimension"),
     ("Loop", CountsTheStart, "without the state at the start"),
     ("Loop", PlainList, "never trained"),
+    ("Loop", RunsAll, "runs all blocks"),
+    ("Attention", OwnNames, "under these names"),
+    ("Attention", AlwaysTenThousand, "split, scaled"),
+    ("RMSNorm", OwnEps, "eps has no effect"),
+    ("rotate", widening, "dtype of x"),
     ("Loop", CutBetweenPasses, "cannot be learned from"),
     ("Attention", CutOff, "cannot be learned from"),
     ("RMSNorm", NormsInHalf, "squares overflow"),

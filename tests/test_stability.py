@@ -285,6 +285,19 @@ def test_a_radius_of_other_than_real_numbers_is_refused(dtype):
         inspect.unwrap(spectral_radius)(torch.ones(2, 2, dtype=dtype))
 
 
+class ClampsTheRate(LTIInjection):
+    def decay(self):
+        limits = torch.finfo(self.log_rate.dtype)
+        rate = self.log_rate.double().exp().clamp(limits.eps, -math.log(limits.tiny) - 1)
+        return torch.exp(-rate).to(self.log_rate.dtype)
+
+
+def writes_to_the_state(injection, block, state, inputs):
+    injected = injection(state, inputs)
+    state += inputs
+    return injected + block(state)
+
+
 class StartsAlike(LTIInjection):
     def __init__(self, dim):
         super().__init__(dim)
@@ -297,6 +310,8 @@ class FixedDecay(LTIInjection):
 
 
 MISTAKES = [
+    ("LTIInjection", ClampsTheRate, "clamp log_rate itself"),
+    ("inject_beside_block", writes_to_the_state, "have changed"),
     ("LTIInjection", StartsAlike, "evenly from −2 to 1"),
     ("LTIInjection", FixedDecay, "cannot be learned from"),
     ("spectral_radius", largest_stretch, "largest singular value"),
@@ -309,7 +324,7 @@ MISTAKES = [
     ("LTIInjection", Grows, "The sign is missing"),
     ("LTIInjection", Sigmoid, "a sigmoid"),
     ("LTIInjection", FirstOrder, "first-order step"),
-    ("LTIInjection", Unclamped, "clamp the rate"),
+    ("LTIInjection", Unclamped, "clamp log_rate"),
     ("LTIInjection", FullGain, "not weighed by 1 − decay"),
     ("LTIInjection", SkipsB, "B is not used"),
     ("LTIInjection", Swapped, "changed places"),
@@ -338,5 +353,5 @@ def test_check_accepts_arguments_by_name(capsys):
 
 
 test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(
-    MISTAKES, [spectral_radius, LTIInjection, inject_then_block, inject_beside_block]
+    MISTAKES, [inspect.unwrap(spectral_radius), LTIInjection, inject_then_block, inject_beside_block]
 )

@@ -60,8 +60,13 @@ def pass_embedding(PassEmbedding):
     expect_close(held(x, 3), x + vectors[-1], "The first pass beyond is pass_index n_passes, since they count from 0: hold from there on.")
     for index in (3, 7):
         expect_close(free(x, index), x, "Beyond the last pass, with beyond='none', x comes back as it was.")
+    held.beyond = "none"
+    expect_close(held(x, 7), x, "The rule was changed and nothing happens: keep it as self.beyond, and look at it in every pass.")
     expect_raises(ValueError, lambda: theirs(x, -1), "A pass_index of −1 should raise a ValueError, not count from the end.")
     expect_raises(ValueError, lambda: PassEmbedding(0, 4), "Zero passes should raise a ValueError.")
+    expect_raises(ValueError, lambda: PassEmbedding(3, 0), "No channel should raise a ValueError.")
+    expect_raises(ValueError, lambda: PassEmbedding(3, 4, beyond="repeat"), "An unknown rule should raise a ValueError.")
+    expect_raises(ValueError, lambda: theirs(x[..., :1], 0), "One channel in place of four should raise a ValueError, not be spread.")
 
 
 @checks("DepthLoRA")
@@ -136,6 +141,14 @@ def depth_lora(DepthLoRA):
     expect_close(free.merged(weight, 3), weight, "The first pass beyond is pass_index n_passes: from there on 'none' changes nothing.")
     expect_close(free.merged(weight, 7), weight, "Beyond the last pass, with beyond='none', the weight is as it was.")
     expect_close(free(x, 7), torch.zeros(2, 5, 4), "Beyond the last pass, with beyond='none', the forward adds zeros.")
+    theirs.beyond = "none"
+    expect_close(theirs.merged(weight, 7), weight, "The rule was changed and nothing happens: keep it as self.beyond, and look at it in every pass.")
+    theirs.beyond = "hold"
+    for bad in (dict(rank=0), dict(n_passes=0), dict(beyond="repeat")):
+        ((name, value),) = bad.items()
+        call = partial(DepthLoRA, 6, 4, **{**dict(rank=2, n_passes=3), **bad})
+        expect_raises(ValueError, call, f"{name}={value!r} should raise a ValueError.")
+    expect_raises(ValueError, lambda: theirs(x[..., :5], 0), "Five channels for a layer that reads six should raise a ValueError.")
     for sizes in ((6, 4), (4, 6)):
         too_large = partial(DepthLoRA, *sizes, rank=5, n_passes=3)
         expect_raises(ValueError, too_large, "A rank above the smaller side of the layer should raise a ValueError.")
@@ -186,7 +199,9 @@ def low_rank(low_rank):
     for bad, given in ((0, matrix), (5, matrix), (5, matrix.mT)):
         shape = " × ".join(map(str, given.shape))
         expect_raises(ValueError, partial(low_rank, given, bad), f"Rank {bad} of a {shape} matrix should raise a ValueError.")
-    expect_raises(ValueError, lambda: low_rank(matrix * float("nan"), 2), "A matrix with nan should raise a ValueError.")
+    for number in ("nan", "inf"):
+        expect_raises(ValueError, lambda: low_rank(matrix * float(number), 2), f"A matrix with {number} should raise a ValueError.")
+    expect_raises(ValueError, lambda: low_rank(matrix[0], 1), "A vector is no matrix: raise a ValueError.")
 
 
 @checks("fold_norms")
@@ -204,7 +219,8 @@ def fold_norms(fold_norms):
     )
     for name in ("attention_norm", "ffn_norm"):
         weight = getattr(folded, name).weight
-        expect(bool((weight == 1).all()), f"The weight of {name} should become one: its scale is in the next layer now, and would count twice.")
+        whole = isinstance(weight, torch.Tensor) and bool((weight == 1).all())
+        expect(whole, f"The weight of {name} should become one: its scale is in the next layer now, and would count twice.")
     norms = {name: before[f"{name}.weight"] for name in ("attention_norm", "ffn_norm")}
     for layer, norm in (("attention.qkv", "attention_norm"), ("ffn.gate", "ffn_norm"), ("ffn.up", "ffn_norm")):
         weight, scale = before[f"{layer}.weight"], norms[norm]

@@ -65,11 +65,13 @@ def halting_distribution(halting_distribution):
 @checks("exit_pass")
 def exit_pass(exit_pass):
     halt_prob = torch.tensor([[0.05, 0.4, 0.5], [0.5, 0.4, 0.97], [0.45, 0.4, 0.1], [0.9, 0.4, 0.2], [0.2, 0.4, 0.9]])
+    halt_prob = torch.cat((halt_prob, torch.full((5, 1), 0.5)), 1)
     threshold = 0.9
-    expected = torch.tensor([4, 5, 2])
+    expected = torch.tensor([4, 5, 2, 4])
     first = lambda holds: holds.int().argmax(0) + 1  # noqa: E731
+    or_last = lambda holds: torch.where(holds.any(0), first(holds), 5)  # noqa: E731
     got = exit_pass(halt_prob, threshold)
-    expect_shape(got, (3,), "The exit pass of three tokens")
+    expect_shape(got, (4,), "The exit pass of four tokens")
     expect(got.dtype == torch.int64, f"A number of passes is an int64, and this is {str(got.dtype)[6:]}.")
     expect_close(
         got,
@@ -81,6 +83,7 @@ def exit_pass(exit_pass):
                 halt_prob.cumsum(0) >= threshold
             ),
             "You look at one pass at a time: the accumulator remembers the passes before.": first(halt_prob >= threshold),
+            "You look at one pass at a time, or take the last: the accumulator remembers the passes before.": or_last(halt_prob >= threshold),
             "You compare the room that is left: the accumulator is one minus it.": first((1 - halt_prob).cumprod(0) >= threshold),
             "You count one pass too many: the exit is the pass that reaches the threshold.": expected + 1,
         },
@@ -92,6 +95,9 @@ def exit_pass(exit_pass):
     )
     level = exit_pass(torch.full((6, 1), 0.5), 0.75)
     expect(level.item() == 2, f"Half, and half of the rest, is 0.75: at the threshold means ≥, and here the exit is {level.item()} instead of 2.")
+    slow = exit_pass(torch.full((300, 1), 0.01, dtype=torch.bfloat16), 0.9).item()
+    needed = reference("halting").exit_pass(torch.full((300, 1), 0.01, dtype=torch.bfloat16), 0.9).item()
+    expect(slow == needed, f"In bfloat16 a token that gives 0.01 a pass leaves after {slow} passes in place of {needed}: accumulate in float32.")
     _refuses_bad_shares(exit_pass, "halt_prob")
     _refuses_bad_thresholds(exit_pass)
 
@@ -137,6 +143,10 @@ def act_weights(act_weights):
     expect_gradients(act_weights, ours.act_weights, halt_prob, threshold)
     level = act_weights(torch.full((4, 1), 0.25), 0.5)
     expect_close(level, torch.tensor([[0.25], [0.75], [0.0], [0.0]]), "A sum that is exactly at the threshold stops: compare with ≥.")
+    many = act_weights(torch.full((300, 2), 0.004, dtype=torch.bfloat16), 0.9)
+    expect(many.dtype == torch.bfloat16, f"bfloat16 came in and {str(many.dtype)[6:]} went out: hand back the dtype that came in.")
+    needed = ours.act_weights(torch.full((300, 2), 0.004, dtype=torch.bfloat16), 0.9)
+    expect_close(many.float(), needed.float(), "In bfloat16 the weights of 300 small passes are off: add up in float32, and round once.")
     _refuses_bad_shares(act_weights, "halt_prob")
     _refuses_bad_thresholds(act_weights)
 
@@ -172,8 +182,13 @@ def ponder_kl(ponder_kl):
     sure.requires_grad_()
     result = ponder_kl(sure, 0.5)
     (slope,) = torch.autograd.grad(result.sum(), sure, allow_unused=True)
-    finite = result.isfinite().all() and slope is not None and slope.isfinite().all()
-    expect(bool(finite), "A pass with no share gives nan or infinity, in the value or in its gradient: 0 · log 0 counts as 0, so keep the logarithm finite.")
+    expect(bool(result.isfinite().all()), "A pass with no share gives nan or infinity: 0 · log 0 counts as 0, so keep the logarithm finite.")
+    finite = slope is not None and bool(slope.isfinite().all())
+    expect(
+        finite,
+        "The value is right, and its gradient at a share of 0 is infinite or nan, as that of xlogy and kl_div is; times the zero slope of a sure head "
+        "that is nan, so keep the logarithm finite: take that of the share clamped to the smallest number there is.",
+    )
     for bad in (0.0, 1.0):
         expect_raises(ValueError, lambda: ponder_kl(distribution, bad), f"A prior_rate of {bad:g} should raise a ValueError.")
     expect_raises(ValueError, lambda: ponder_kl(distribution / 2, 0.3), "A distribution that does not sum to one should raise a ValueError.")

@@ -133,10 +133,9 @@ def two_chains(two_chains):
         f"With length {length} the deepest node has depth {batch.depth.max()}, or a depth occurs "
         "more than twice: both chains have exactly `length` nodes, each the child of the one before.",
     )
-    expect(
-        len(set(map(tuple, colour.tolist()))) == n_colours * (n_colours - 1),
-        "The same few pairs of colours come up in every list: draw them anew for each list.",
-    )
+    pairs, possible = len(set(map(tuple, colour.tolist()))), n_colours * (n_colours - 1)
+    expect(pairs > 2, "The same few pairs of colours come up in every list: draw them anew for each list.")
+    expect(pairs == possible, f"In 400 lists only {pairs} of {possible} pairs of colours come up: any two different ones should be as likely.")
     position = torch.arange(2 * length).expand_as(batch.node)
     for what, where in (("label", batch.node), ("position in the list", position)):
         mean = torch.stack([where[batch.depth == depth].float().mean() for depth in range(length)])
@@ -166,6 +165,7 @@ def two_chains(two_chains):
                 answer_of_root[i][node] == answer,
                 "An answer is not the colour of the root its node leads to.",
             )
+    expect_raises(ValueError, lambda: two_chains(0, length=2, n_colours=2, generator=seeded(0)), "batch_size=0 should raise a ValueError.")
     for wrong in (dict(length=0), dict(n_colours=1), dict(n_labels=2 * length - 1)):
         ((name, value),) = wrong.items()
         expect_raises(
@@ -218,6 +218,14 @@ def text_batches(text_batches):
         bool(((starts[:12] - starts[0]) % 6 == 0).all()),
         "The windows of an epoch are not context_length apart: lay them end to end, so that the last target of one is the first input of the next.",
     )
+    for seed in range(3):
+        sevens = text_batches(tokens, batch_size=7, context_length=6, generator=seeded(seed))
+        begins = torch.cat([next(sevens)[0][:, 0] for _ in range(3)])
+        epoch = begins[: len(range(int(begins[0]) % 6, 94, 6))]  # 15 or 16 windows, which sevens do not fill
+        expect(
+            len(set(epoch.tolist())) == len(epoch) and bool(((epoch - epoch[0]) % 6 == 0).all()),
+            "Windows that are left when an epoch cannot fill another batch are lost: let the batch go on in the next epoch.",
+        )
     expect(
         (starts[1:13] < starts[:12]).any(),
         "The windows come in the order of the text: shuffle them in each epoch.",
@@ -250,12 +258,16 @@ def text_batches(text_batches):
         "Too short a text should raise a ValueError at once: a function with `yield` runs nothing before the "
         "first next(), so check outside of it.",
     )
+    for bad in (dict(batch_size=0), dict(context_length=0)):
+        ((name, value),) = bad.items()
+        expect_raises(ValueError, lambda: text_batches(tokens, **{**options, **bad}, generator=seeded(0)), f"{name}={value} should raise a ValueError.")
 
 
 @checks("bits_per_byte")
 def bits_per_byte(bits_per_byte):
     nats, n_tokens, n_bytes = 2.0, 100, 250
     value = bits_per_byte(nats, n_tokens, n_bytes)
+    expect(value is not None, "Nothing comes back: is a return missing?")
     mistakes = {
         nats * n_tokens / n_bytes: "This is still in nats: divide by ln 2 to get bits.",
         nats * math.log(2) * n_tokens / n_bytes: "You multiply by ln 2: a nat is more than a bit, so divide.",

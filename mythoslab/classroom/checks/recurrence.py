@@ -41,6 +41,7 @@ def rms_norm(RMSNorm):
     expect(
         bool(torch.isfinite(norm(torch.zeros(1, 8))).all()), "A token of zeros gives nan: add eps to the mean square, inside the root."
     )
+    expect_close(RMSNorm(8, eps=0.1)(x), F.rms_norm(x, (8,), eps=0.1), "eps has no effect: add the one that was given.")
     with torch.no_grad():
         norm.weight.mul_(2)
     expect_close(norm(x), 2 * F.rms_norm(x, (8,), eps=1e-6), "The learned weight has no effect: multiply the scaled token by it.")
@@ -112,6 +113,8 @@ def rotate(rotate):
             "The halves are joined in the wrong order.": torch.cat((first * sin + second * cos, first * cos - second * sin), -1),
         },
     )
+    half = rotate(x.bfloat16(), angles)
+    expect(half.dtype == torch.bfloat16, f"bfloat16 came in and {str(half.dtype)[6:]} went out: bring cosines and sines to the dtype of x.")
     expect_gradients(lambda x: rotate(x, angles), lambda x: reference("recurrence").rotate(x, angles), x)
 
 
@@ -119,7 +122,7 @@ def rotate(rotate):
 def attention(Attention):
     expect_raises(ValueError, lambda: Attention(10, 4), "10 channels do not divide among 4 heads: raise a ValueError.")
     x = torch.randn(2, 6, 16)
-    for causal, theta, what in ((False, None, "all-seeing"), (True, None, "causal"), (True, 10000.0, "causal, rotary")):
+    for causal, theta, what in ((False, None, "all-seeing"), (True, None, "causal"), (True, 500.0, "causal, rotary")):
         theirs = Attention(16, 2, causal=causal, rope_theta=theta)
         expect(
             {name: tuple(weight.shape) for name, weight in theirs.named_parameters()}
@@ -149,6 +152,8 @@ def attention(Attention):
             mistakes=_attention_mistakes(ours, x),
         )
         expect_gradients(theirs, ours, x)
+        kept = [getattr(theirs, name, "missing") for name in ("n_heads", "causal", "rope_theta")]
+        expect(kept == [2, causal, theta], "Attention should keep n_heads, causal and rope_theta under these names: notebook 05 reads them.")
 
 
 def _attention_mistakes(ours, x):
@@ -173,7 +178,7 @@ def _attention_mistakes(ours, x):
         "rope_theta has no effect: rotate queries and keys before they meet.": finish(*plain),
         "Queries turn and keys do not (or the reverse): rotate both.": finish(query=query, key=plain[1]),
         "Values are rotated too: positions belong to queries and keys alone.": finish(
-            value=reference("recurrence").rotate(value, reference("recurrence").rotary_angles(6, 8, ours.rope_theta or 10000.0))
+            value=reference("recurrence").rotate(value, reference("recurrence").rotary_angles(6, 8, ours.rope_theta or 500.0))
         ),
         "Heads are joined before they are put behind the positions: transpose(1, 2), then flatten(2).": ours.out(
             per_head.reshape(2, 6, 16)
@@ -191,7 +196,7 @@ def loop(Loop):
     theirs = Loop([first, second], 8)
     expect(
         sorted(theirs.state_dict()) == sorted(ours.state_dict()),
-        "Loop should hold its blocks in an nn.ModuleList called blocks and an RMSNorm called norm, or they are never trained.",
+        "Loop should hold blocks (an nn.ModuleList) and norm (an RMSNorm), under these names; what lies in a plain list is never trained.",
     )
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 8)
@@ -222,6 +227,9 @@ def loop(Loop):
             "Pass r should run block r % len(blocks): yours runs the first block only.": run(
                 lambda block, s: block(ours.norm(s) + x), order=(0,) * 5
             ),
+            "Every pass runs all blocks: pass r runs one, r % len(blocks).": run(
+                lambda block, s: second(ours.norm(first(ours.norm(s) + x)) + x)
+            ),
             "The state starts at zero: start it at the inputs.": run(
                 lambda block, s: block(ours.norm(s) + x), start=torch.zeros_like(x)
             ),
@@ -229,3 +237,4 @@ def loop(Loop):
     )
     expect_gradients(theirs, ours, x, 5)
     expect_raises(ValueError, lambda: theirs(x, 0), "Zero passes make no answer: raise a ValueError.")
+    expect_raises(ValueError, lambda: Loop([], 8), "A loop without a block should raise a ValueError.")

@@ -36,7 +36,12 @@ def spectral_radius(spectral_radius):
         "A vector is the diagonal of a matrix: its radius is the largest absolute value.",
     )
     expect_raises(ValueError, lambda: spectral_radius(torch.zeros(2, 3)), "A matrix that is not square has no eigenvalues: raise a ValueError.")
-    expect_raises(ValueError, lambda: spectral_radius(torch.full((2, 2), float("nan"))), "A matrix with nan should raise a ValueError.")
+    for bad, what in ((torch.full((2, 2), float("nan")), "with nan"), (torch.full((2, 2), float("inf")), "with infinity"), (torch.zeros(0, 0), "that is empty")):
+        expect_raises(ValueError, lambda: spectral_radius(bad), f"A matrix {what} should raise a ValueError.")
+    for dtype in (torch.int64, torch.complex64):
+        expect_raises(ValueError, lambda: spectral_radius(torch.ones(2, 2, dtype=dtype)), f"A matrix of {str(dtype)[6:]} should raise a ValueError.")
+    half = spectral_radius(symmetric.bfloat16())
+    expect(half.dtype == torch.bfloat16, f"bfloat16 came in and {str(half.dtype)[6:]} went out: hand back the dtype that came in.")
 
 
 @checks("LTIInjection")
@@ -74,7 +79,13 @@ def lti_injection(LTIInjection):
             expect(
                 bool(((decay > 0) & (decay < 1)).all()),
                 f"With log_rate at {value:g} the decay is {decay[0].item():g} in {str(dtype)[6:]}, and it must stay inside (0, 1): "
-                "clamp the rate before the exponential, by what the dtype can tell from 1 and from 0.",
+                "clamp log_rate before both exponentials, between what the dtype can tell from 1 and from 0.",
+            )
+            expect(decay.dtype == dtype, f"The decay of {str(dtype)[6:]} parameters is {str(decay.dtype)[6:]}: hand back their dtype.")
+            slopes = torch.autograd.grad(decay.sum(), extreme.log_rate, allow_unused=True) if decay.requires_grad else [None]
+            expect(
+                slopes[0] is None or bool(slopes[0].isfinite().all()),
+                f"With log_rate at {value:g} its gradient is nan: the exponential overflows before you clamp it, so clamp log_rate itself.",
             )
     state, inputs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     decay, seen = ours.decay(), ours.inputs(inputs)
@@ -93,6 +104,9 @@ def lti_injection(LTIInjection):
     )
     expect_gradients(theirs, ours, state, inputs)
     expect_raises(ValueError, lambda: theirs(state, inputs[:1]), "State and inputs of different shapes should raise a ValueError.")
+    wide = torch.randn(2, 3, 5)
+    expect_raises(ValueError, lambda: theirs(wide, wide), "Five channels for an injection of four should raise a ValueError.")
+    expect_raises(ValueError, lambda: LTIInjection(0), "No channel should raise a ValueError.")
 
 
 def _linear_parts():
@@ -126,8 +140,11 @@ def inject_then_block(inject_then_block):
 @checks("inject_beside_block")
 def inject_beside_block(inject_beside_block):
     injection, block, state, inputs = _linear_parts()
+    given = state.clone(), inputs.clone()
+    got = inject_beside_block(injection, block, state, inputs)
+    expect(torch.equal(state, given[0]) and torch.equal(inputs, given[1]), "state or inputs have changed: make a new tensor, state + inputs.")
     expect_close(
-        inject_beside_block(injection, block, state, inputs),
+        got,
         injection(state, inputs) + block(state + inputs),
         "Add what the injection returns to what the block returns for state + inputs.",
         mistakes={
