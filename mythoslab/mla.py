@@ -34,6 +34,9 @@ class GroupedQueryAttention(nn.Module):
         n_kv_heads: Key and value heads, a divisor of ``n_heads``; as many as those is multi-head attention, one multi-query.
         rope_theta: Base of the rotary positions.
 
+    Attributes:
+        q_proj, k_proj, v_proj, o_proj: Linear maps without biases.
+
     Shape:
         (batch, position, dim) → (batch, position, dim)
 
@@ -57,7 +60,7 @@ class GroupedQueryAttention(nn.Module):
     def keys_and_values(
         self, x: Float[Tensor, "batch position dim"]
     ) -> tuple[Float[Tensor, "batch kv_head position head_dim"], Float[Tensor, "batch kv_head position head_dim"]]:
-        """What a cache has to keep of these positions, counted from 0."""
+        """What a cache has to keep of these positions, counted from 0: keys that are rotated already, and values."""
         key, value = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
         angles = rotary_angles(x.shape[1], self.head_dim, self.rope_theta).to(x.device)
         return rotate(key, angles), value
@@ -83,6 +86,10 @@ class LatentCache:
         n_slots: Pass ``r``, counted from 0, uses slot ``min(r, n_slots - 1)``: with as many slots as passes each has its
             own, with fewer the last ones share.
         dtype, device: As for :func:`torch.zeros`.
+
+    Attributes:
+        memory: (slot, batch, position, width), zeros at the start.
+        length: Positions that are filled.
 
     Raises:
         ValueError: A size is below one.

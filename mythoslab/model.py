@@ -323,6 +323,7 @@ class KeyValueAttention(GroupedQueryAttention):
     ):
         super().__init__(dim, n_heads, n_kv_heads, rope_theta=rope_theta)
         self.n_kv_heads, self.positions = n_kv_heads, positions
+        self.head_dim, self.rope_theta = dim // n_heads, rope_theta
         narrow = n_kv_heads * self.head_dim
         # The layer of notebook 06: the same numbers, faster on some CPUs.
         self.q_proj, self.o_proj = Projection(dim, dim), Projection(dim, dim)
@@ -477,11 +478,16 @@ def make_injection(config: MythosConfig) -> nn.Module:
 class Core(nn.Module):
     """Run the same blocks on a state, pass after pass, each token as often as it is told.
 
-    ``state ← blocks(injection(norm(state), inputs))``. A token that has had its passes keeps its state, and goes on
+    ``state ← blocks(embedding(injection(norm(state), inputs), pass))``, the embedding if there is one. A token that has had its passes keeps its state, and goes on
     showing the others what it wrote in its last pass.
 
     Args:
         config: Sizes and kinds.
+
+    Attributes:
+        norm, injection: Of every pass.
+        embedding: A :class:`PassEmbedding`, one for all blocks, or None.
+        blocks: An ``nn.ModuleList``.
 
     Shape:
         inputs (batch, position, dim) → the state after every pass, (pass, batch, position, dim)
@@ -528,8 +534,8 @@ class Core(nn.Module):
 
         Args:
             n_passes: Of all tokens, or of each, ≥ 1.
-            shown: A memory for each block, if there are earlier tokens or tokens that stop early.
-            n_backward: Passes that gradients go through, counted from the end of the longest; all by default. A token that
+            shown: A memory for each block, if there are earlier tokens; made here if there are none, and tokens stop early.
+            n_backward: Passes that gradients go through, counted from the end of the longest; all by default, or if it is more. A token that
                 stopped before them teaches the core nothing.
         """
         each = n_passes if isinstance(n_passes, Tensor) else None
@@ -822,7 +828,7 @@ def count_parameters(config: MythosConfig, *, active: bool = False) -> int:
     """Number of weights of a model, from its configuration alone; passes cost none, save what adapts to them.
 
     Args:
-        active: Count only what a token uses that takes one pass: of experts and adapters those that serve it.
+        active: Count only what a token uses that takes one pass: of experts and adapters those that serve it; matrices of tokens in full.
     """
     dim, n_adapters = config.dim, 1 if active else config.n_passes
 
@@ -989,7 +995,7 @@ def sample(
 
     Args:
         temperature: ≥ 0, and finite. Below one, likely tokens become likelier still; 0 always takes the most likely.
-        top_k: Tokens that have a chance at all, ≥ 1; all of them by default.
+        top_k: Tokens that have a chance at all, ≥ 1; all of them by default, or if it is more than there are.
         generator: Source of randomness, on the device of the logits.
 
     Raises:

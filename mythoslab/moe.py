@@ -52,7 +52,7 @@ def route(
 
     Args:
         logits: The router's answer for every expert.
-        bias: Added to the scores for the choice only.
+        bias: Added to the scores, of either kind, for the choice only.
         n_experts_per_token: Experts that serve each token.
         scoring_func: ``"sigmoid"``, where a group counts by its two best experts, score plus bias, or ``"softmax"``, by its best.
         n_group, topk_group: Equal groups that the experts stand in, and how many of them a token may use.

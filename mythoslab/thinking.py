@@ -32,9 +32,9 @@ class Stopper:
         model: Its head gives the probability to stop that most rules read.
         rule: ``"settled"``, where the head says that the answer will not change any more; ``"accumulate"``, where it has probably
             stopped by now, and ``"ponder"``, the same up to the median; ``"act"``, where the probabilities add up; ``"converge"``,
-            where a pass changed less than this share of the state; ``"none"``, never.
-        threshold: What must be reached, for ``"settled"`` passed, or for ``"converge"`` undercut: above 0, and below 1 but for
-            ``"act"``; that of :data:`RULES` by default.
+            where the change of a pass is shorter than this share of the state after it; ``"none"``, never.
+        threshold: What must be reached, for ``"settled"`` passed, or for ``"converge"`` undercut: above 0, and below 1, for
+            ``"act"`` just finite; ``"none"`` has none. That of :data:`RULES` by default.
         shape: Of the tokens, (batch, position).
 
     Raises:
@@ -73,7 +73,11 @@ class Gathered(Shown):
     """What the tokens of one block show, when only some of a batch think, each at a place of its own.
 
     Args:
-        cache: Memory of the block, for all sequences.
+        cache: Memory of the block, for all sequences; it is written in place.
+
+    Attributes:
+        rows, places, n_seen: Set before each pass: sequences that think, (row,); places of their tokens that do, (row, token); how many
+            positions, from the first, may be seen.
 
     Source: a token without an entry at a pass shows its latest, Geiping et al. 2025 (Huginn), as in their code.
     """
@@ -85,10 +89,11 @@ class Gathered(Shown):
         self.n_seen = 0  # positions up to the last one
 
     def slot(self, pass_index: int) -> Tensor:
+        """The memory of a pass; those beyond the last slot share it."""
         return self.memory[min(pass_index, len(self.memory) - 1)]
 
     def carry(self, pass_index: int, rows: Tensor, places: Tensor) -> None:
-        """Let tokens show at a pass what they showed at the pass before."""
+        """Let tokens, by rows (row, 1) and places (row, token), show at a pass what they showed at the pass before."""
         now, before = self.slot(pass_index), self.slot(pass_index - 1)
         if now.data_ptr() != before.data_ptr():
             now[rows, places] = before[rows, places]
@@ -371,7 +376,7 @@ def plain_loop(
 
 # %% ../notebooks/10_thinking.ipynb #nucleus
 def nucleus(logits: Float[Tensor, "vocab"], top_p: float) -> Float[Tensor, "vocab"]:
-    """Leave only the fewest tokens whose chances add up to ``top_p``; the others get minus infinity.
+    """Leave only the fewest tokens whose chances add up to ``top_p``, of tokens that are alike too; the others get minus infinity.
 
     Raises:
         ValueError: ``top_p`` is not above 0 and at most 1.

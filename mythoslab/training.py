@@ -116,7 +116,8 @@ def held_out_bits(
     """Bits per byte of a text under a model; every token is predicted once.
 
     The text is read in windows of one context that move on by half of it, so that a token has at least half
-    a context before it, save at the beginning. The first token, which has none at all, counts as one of
+    a context before it, save at the beginning. A window predicts as many tokens as it has, the last of them the one behind it; the last
+    window is moved back, to end with the text. On a CUDA GPU it computes in bfloat16. The first token, which has none at all, counts as one of
     ``vocab_size`` equals.
 
     Args:
@@ -655,7 +656,7 @@ def training_step(
 ) -> list[float]:
     """Take one step on the sum of some losses: forward and backward of each in turn, clip, update.
 
-    One loss at a time is in memory, so several small batches make a large one.
+    One loss at a time is in memory, so several small batches make a large one. On a CUDA GPU it computes in bfloat16.
 
     Args:
         losses: Functions that run the model and give a loss.

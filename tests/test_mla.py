@@ -518,6 +518,29 @@ def test_check_accepts_absorbed_attention_with_a_mask_of_all_positions(capsys):
     assert check(by_a_square_mask) is by_a_square_mask, capsys.readouterr().out
 
 
+class AlwaysTenThousand(GroupedQueryAttention):
+    def __init__(self, dim, n_heads, n_kv_heads, *, rope_theta=10000.0):
+        super().__init__(dim, n_heads, n_kv_heads)
+
+
+class CropsBy(LatentCache):
+    def crop(self, length):
+        super().crop(length)
+        self.length = 4 - length
+
+
+class TakesInTurn(LatentCache):
+    def take(self, rows):
+        if not all(0 <= row < self.memory.shape[1] for row in rows):
+            raise ValueError("there is no such row")
+        for place, row in enumerate(rows):
+            self.memory[:, place] = self.memory[:, row]
+
+
+def in_halves(query, kept, up, scale):
+    return written_out()(query, kept, torch.cat(up.chunk(2, 1), 1), scale) if up.shape[1] % 2 == 0 else query[..., : up.shape[1] // 2]
+
+
 class AdvancesAnywhere(LatentCache):
     def advance(self, n_positions):
         self.length += n_positions
@@ -547,6 +570,10 @@ MISTAKES = [
     ("LatentCache", AtTheStart, "written at the start"),
     ("LatentCache", NewMemory, "makes new memory"),
     ("LatentCache", InTheGraph, "want a gradient should raise"),
+    ("GroupedQueryAttention", AlwaysTenThousand, "rope_theta has no effect"),
+    ("LatentCache", CropsBy, "crop(3) should leave three"),
+    ("LatentCache", TakesInTurn, "changed places"),
+    ("absorbed_attention", in_halves, "need not be as wide"),
     ("LatentCache", AdvancesAnywhere, "Advancing by three"),
     ("LatentCache", AnySize, "batch of zero"),
     ("LatentCache", Rounds, "rounded without a word"),

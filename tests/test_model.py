@@ -1333,8 +1333,8 @@ class AnyNumberOfEach(WrongCore):
 
 
 CORES = [
-    (AlwaysEmbeds, 'With pass_adapter="none" the core holds other weights'),
-    (NoAdapters, 'With pass_adapter="lora" the core holds other weights'),
+    (AlwaysEmbeds, 'embedding.vectors is too many'),
+    (NoAdapters, 'With pass_adapter="lora" the core should hold'),
     (NoSinglePass, "one_pass should give the state after one more pass"),
     (core_with(norms=False), "not normed"),
     (core_with(injects=False), "left out of the passes"),
@@ -1360,7 +1360,7 @@ CORES = [
     (core_with(late=1), "One slot stays empty"),
     (core_with(refuses=-1), "n_backward=0"),
     (core_with(asks=False), "where the caller switched them off"),
-    (OneBlock, "other weights than the text says"),
+    (OneBlock, "blocks.1.attention_norm.weight is missing"),
     (LastStateOnly, "should have the shape (4, 2, 5, 8)"),
     (NothingReturned, "is a return missing"),
     (AnyNumber, "Zero passes should raise"),

@@ -426,6 +426,17 @@ def loss_with(*, over=1, relative=True, scaled=True, mean_first=True, total=True
     return wrong
 
 
+def counts_the_best(routing):
+    best = routing.scores.topk(routing.experts.shape[-1], -1).indices
+    return inspect.unwrap(sequence_balance_loss)(routing._replace(experts=best))
+
+
+def cut_off_sum(routing):
+    chosen = torch.zeros_like(routing.scores).scatter(-1, routing.experts, 1.0)
+    share = routing.scores / routing.scores.sum(-1, keepdim=True).detach()
+    return (chosen.mean(1) * share.shape[-1] / routing.experts.shape[-1] * share.mean(1)).sum(-1).mean()
+
+
 MISTAKES = [
     *(("route", changed(change), cause) for cause, change in ROUTERS.items()),
     ("sort_and_group", sorted_wrongly(weigh=False), "weights are left out"),
@@ -439,6 +450,9 @@ MISTAKES = [
     ("sort_and_group", not_learned, "gradient does not reach"),
     ("sort_and_group", lambda x, *others: inspect.unwrap(sort_and_group)(x.detach(), *others), "come back to the tokens"),
     *(("balance_bias", lambda bias, load, rate, f=f: f(bias, load, rate), cause) for cause, f in BIASES.items()),
+    ("balance_bias", lambda bias, load, rate: balance_bias(bias, load, rate) if rate else bias + 1, "rate of 0"),
+    ("sequence_balance_loss", counts_the_best, "count the best by score"),
+    ("sequence_balance_loss", cut_off_sum, "through the sum"),
     ("sequence_balance_loss", loss_with(over=(0, 1)), "over the whole batch"),
     ("sequence_balance_loss", loss_with(relative=False), "not relative"),
     ("sequence_balance_loss", loss_with(scaled=False), "scores are not scaled"),

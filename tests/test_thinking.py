@@ -492,7 +492,9 @@ class PaysForAll(Stopper):
     def stops(self, state, before, at):
         verdict = super().stops(state, before, at)
         if self.rule == "accumulate":
-            self.paid = self.paid + 1e-9
+            others = torch.ones_like(self.paid)
+            others[at] = 0
+            self.paid = self.paid + 0.3 * others
         return verdict
 
 
@@ -506,6 +508,26 @@ class AbsoluteChange(Stopper):
 class ZeroThreshold(Stopper):
     def __init__(self, model, rule, threshold, shape):
         super().__init__(model, rule, threshold or 0.5, shape)
+
+
+class StopsAbove(Stopper):
+    def stops(self, state, before, at):
+        if self.rule in ("settled", "converge", "none"):
+            return super().stops(state, before, at)
+        super().stops(state, before, at)
+        return self.paid[at] > self.threshold
+
+
+class SettlesAt(Stopper):
+    def stops(self, state, before, at):
+        if self.rule == "settled":
+            return self.model.halting.step(state, before) >= self.threshold
+        return super().stops(state, before, at)
+
+
+def keeps_ties(logits, top_p):
+    left = nucleus(logits, top_p)
+    return logits.masked_fill(logits < left[left.isfinite()].min(), -math.inf)
 
 
 class AnyThreshold(Stopper):
@@ -568,9 +590,12 @@ MISTAKES = [
     ("Stopper", LooksBack, "wrong way round"),
     ("Stopper", Forgets, "forgets what earlier passes gave"),
     ("Stopper", AddsAll, "adds only what is left"),
-    ("Stopper", PaysForAll, "have paid too"),
+    ("Stopper", PaysForAll, "are mixed up"),
     ("Stopper", AbsoluteChange, "divide by the size of the state"),
     ("Stopper", ZeroThreshold, "ask 'is None'"),
+    ("Stopper", StopsAbove, "compare with >="),
+    ("Stopper", SettlesAt, "compare with >."),
+    ("nucleus", keeps_ties, "that are alike"),
     ("Stopper", AnyThreshold, "threshold of 1.5 for 'settled'"),
     ("Gathered", NoCarry, "carry copies what they showed before"),
     ("Gathered", CarriesAll, "copies earlier tokens too"),

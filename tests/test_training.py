@@ -2397,7 +2397,7 @@ def cut_short(model, tokens, n_bytes, *, n_passes=None):
 MISTAKES = [
     ("held_out_bits", cut_short, "last window is cut short"),
     ("training_step", mean_of_losses, "mean of the losses"),
-    ("training_step", all_at_once, "all losses are in memory at once"),
+    ("training_step", all_at_once, "or all are in memory at once"),
     ("held_out_bits", in_nats, "That is nats"),
     ("held_out_bits", per_token, "bits per token"),
     ("held_out_bits", without_the_first, "first token is missing"),

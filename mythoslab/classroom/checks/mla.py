@@ -59,6 +59,12 @@ def grouped_query_attention(GroupedQueryAttention):
     expect_gradients(theirs, ours, x)
     expect_raises(ValueError, lambda: GroupedQueryAttention(16, 4, 3), "3 key heads for 4 query heads should raise a ValueError.")
     expect_raises(ValueError, lambda: GroupedQueryAttention(18, 4, 2), "18 channels for 4 heads should raise a ValueError.")
+    slow = reference("mla").GroupedQueryAttention(16, 4, 2, rope_theta=20.0)
+    theirs = GroupedQueryAttention(16, 4, 2, rope_theta=20.0)
+    theirs.load_state_dict(slow.state_dict())
+    with torch.no_grad():
+        for kept, needed in zip((theirs(x), *theirs.keys_and_values(x)), (slow(x), *slow.keys_and_values(x))):
+            expect_close(kept, needed, "rope_theta has no effect: hand it to rotary_angles, for queries and keys.")
 
 
 @checks("LatentCache")
@@ -70,6 +76,7 @@ def latent_cache(LatentCache):
     expect_shape(memory, (2, 2, 6, 3), "memory, (slot, batch, position, width),")
     place = memory.data_ptr()
     got = theirs.write(first)
+    expect(hasattr(theirs, "length"), "LatentCache should say in self.length how many positions are filled.")
     expect(theirs.length == 0, "write moves the length on: other passes have yet to write at the same positions, so leave it to advance.")
     expect(
         got is not None and tuple(got.shape) != (2, 6, 3),
@@ -115,15 +122,18 @@ def latent_cache(LatentCache):
     expect_raises(ValueError, lambda: theirs.advance(3), "Advancing by three where two are free should raise a ValueError.")
     expect_raises(ValueError, lambda: theirs.take([0, 2]), "Taking the third of two sequences should raise a ValueError.")
     expect_raises(ValueError, lambda: LatentCache(0, 6, 3), "A batch of zero should raise a ValueError.")
-    theirs.crop(2)
-    expect_close(theirs.write(new), torch.cat((first[:, :2], new), 1), "After crop(2) new positions follow the first two.")
+    theirs.crop(3)
+    expect(theirs.length == 3, f"crop(3) should leave three of the four positions, and the length is {theirs.length}.")
+    expect_close(theirs.write(new), torch.cat((first[:, :3], new), 1), "After crop(3) new positions follow the first three.")
     expect_raises(ValueError, lambda: theirs.crop(5), "Cropping to more than is filled should raise a ValueError.")
     half = LatentCache(3, 5, 4, n_slots=2, dtype=torch.bfloat16)
     expect_shape(half.memory, (2, 3, 5, 4), "memory, (slot, batch, position, width),")
     expect(half.memory.dtype == torch.bfloat16, "The dtype that was asked for has no effect: hand dtype and device to torch.zeros.")
     expect(half.bytes_per_token == 16, f"Two slots of 4 numbers in bfloat16 are 16 bytes per token, and bytes_per_token is {half.bytes_per_token}.")
+    theirs.take([1, 0])
+    expect_close(theirs.write(new), torch.cat((first[[1, 0], :3], new), 1), "After take([1, 0]) the two sequences have changed places: pick all rows at once.")
     theirs.take([1, 1])
-    expect_close(theirs.write(new), torch.cat((first[[1, 1], :2], new), 1), "After take([1, 1]) both sequences are the second one.")
+    expect_close(theirs.write(new), torch.cat((first[[0, 0], :3], new), 1), "After take([1, 1]) both sequences are what the second was.")
 
 
 def _by_hand(query, kept, up, scale, *, causal="last", rope=True, swapped=False, key_scale=None, rope_first=""):
@@ -149,7 +159,7 @@ def _by_hand(query, kept, up, scale, *, causal="last", rope=True, swapped=False,
     return torch.einsum("bhqk,bkr,hvr->bhqv", scores.softmax(-1), latent, up_value)
 
 
-def _check_attention(attend):
+def _check_attention(attend, sentence):
     query, kept, up = torch.randn(2, 3, 4, 12), 2 * torch.randn(2, 9, 14), torch.randn(3, 16, 10)
     arguments = query, kept, up, 0.4
     got = attend(*arguments)
@@ -157,7 +167,7 @@ def _check_attention(attend):
     expect_close(
         got,
         _by_hand(*arguments),
-        "Score the queries with the unpacked keys and the rotated one, mask the future, and mix the unpacked values.",
+        sentence,
         mistakes={
             "It is not causal: of four queries at the end, the first should not see the last three keys.": _by_hand(*arguments, causal=None),
             "The mask counts from the first key: the queries are the *last* positions, so query i sees n_key − n_query more keys than i + 1.": _by_hand(
@@ -176,6 +186,13 @@ def _check_attention(attend):
         atol=1e-4,
     )
     expect_gradients(attend, _by_hand, *arguments)
+    narrow = query, kept, up[:, :13], 0.4
+    halves = "A value need not be as wide as a key without position: split up after the channels of the query that are not rotated."
+    try:
+        got = attend(*narrow)
+    except (RuntimeError, IndexError):
+        got = None
+    expect(got is not None and got.shape == (2, 3, 4, 5) and torch.allclose(got, _by_hand(*narrow), atol=1e-4), halves)
     alone = query[:, :, -1:], kept, up, 0.4
     expect_close(attend(*alone), _by_hand(*alone), "A single query, the last position, should see every key.", atol=1e-4)
     square = torch.randn(2, 3, 9, 12), kept, up, 0.4
@@ -184,12 +201,15 @@ def _check_attention(attend):
 
 @checks("expanded_attention")
 def expanded_attention(expanded_attention):
-    _check_attention(expanded_attention)
+    _check_attention(expanded_attention, "Score the queries with the unpacked keys and the rotated one, mask the future, and mix the unpacked values.")
 
 
 @checks("absorbed_attention")
 def absorbed_attention(absorbed_attention):
-    _check_attention(absorbed_attention)
+    _check_attention(
+        absorbed_attention,
+        "Carry the query without position over to the latents, add both scores before you scale them, mask the future, mix the latents alone, and unpack the mean to a value.",
+    )
     query, kept, up = torch.randn(1, 4, 1, 40), torch.randn(1, 2000, 24), torch.randn(4, 64, 16)
     sizes = []
 

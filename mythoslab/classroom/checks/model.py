@@ -1,5 +1,6 @@
 """Checks of 08_model."""
 
+import math
 import sys
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ def core(Core):
         )
         expect(
             needed == held,
-            f'With pass_adapter="{adapter}" the core holds other weights than it should: embedding and adapters are there only if config asks.',
+            f'With pass_adapter="{adapter}" the core should hold norm, injection and blocks under these names, and nothing else: {_first_apart(held, needed)}.',
         )
     config = _config(Core, n_core=2, injection="lti", pass_adapter="embedding")
     ours, theirs = reference("model").Core(config), Core(config)
@@ -44,7 +45,7 @@ def core(Core):
     got = {name: tuple(weight.shape) for name, weight in theirs.state_dict().items()}
     expect(
         names == got,
-        "The core holds other weights than the text says: norm, injection, embedding or adapters, and n_core blocks.",
+        f'With pass_adapter="embedding" the core should hold norm, injection, embedding, one for all blocks, and n_core blocks: {_first_apart(got, names)}.',
     )
     with torch.no_grad():
         for weight in ours.parameters():
@@ -73,7 +74,7 @@ def core(Core):
             "A token stops one pass late: pass_index counts from 0, so it thinks while each > pass_index.": _stop(
                 Core, ours, inputs, each + 1
             ),
-            "Tokens that have stopped write anew: tell every memory who is thinking.": _stop(
+            "Tokens that have stopped write anew: tell every memory who is thinking, and where shown is None make a Shown for each block.": _stop(
                 Core, ours, inputs, each, tell=False
             ),
             "Tokens that have stopped go on changing: show what they wrote last, and keep their state too.": _stop(
@@ -113,6 +114,11 @@ def core(Core):
         },
         atol=1e-4,
     )
+    leaf = inputs.clone().requires_grad_()
+    expect(
+        not _keeps(theirs, leaf),
+        "The passes before the last n_backward still keep what a gradient needs: run them under torch.no_grad(), to detach the state is not enough.",
+    )
     kept = []
     theirs.blocks[0].register_forward_hook(lambda block, read, out: kept.append(out.requires_grad))
     with torch.no_grad():
@@ -131,6 +137,26 @@ def core(Core):
     expect_raises(
         ValueError, lambda: theirs(inputs, 2, n_backward=0), "n_backward=0 should raise a ValueError."
     )
+    expect_raises(Exception, lambda: theirs(inputs, each[:, :1]), "Passes of another shape than the tokens should raise a ValueError, not be spread over them.")
+
+
+def _first_apart(got: dict, needed: dict) -> str:
+    """Of two collections of weights, the first name that is missing, or too many, or of another shape."""
+    for name in needed:
+        if name not in got:
+            return f"{name} is missing"
+        if got[name] != needed[name]:
+            return f"{name} should have the shape {needed[name]}, and it has {got[name]}"
+    return f"{next((name for name in got if name not in needed), None)} is too many"
+
+
+def _keeps(core, inputs) -> bool:
+    """Whether the first of four passes has gradients when only the last two should."""
+    learns = []
+    hook = core.blocks[0].register_forward_hook(lambda block, read, out: learns.append(out.requires_grad))
+    core(inputs, 4, n_backward=2)
+    hook.remove()
+    return any(learns[:2])
 
 
 _CORE_MISTAKES = {
@@ -292,6 +318,10 @@ _SWITCHED = (
         "Latent attention is counted wrong: its layers are in linear_layers, and its two norms are as wide as its ranks.",
     ),
     (
+        dict(attention="mla", qk_norm=True),
+        'qk_norm does nothing with "mla": its norms are those of the latents.',
+    ),
+    (
         dict(qk_norm=True),
         "qk_norm is counted wrong: two norms as wide as a head, and one number for each head.",
     ),
@@ -360,6 +390,7 @@ def sample(sample):
             "The temperature has no effect: divide the logits by it before the softmax.": logits.softmax(0),
             "You always take the most likely token: draw with torch.multinomial.": best,
             "You divide the chances, not the logits, by the temperature.": logits.softmax(0) / 2,
+            "You return the place in the sorted row, not the token: look it up in the indices.": (logits / 2).softmax(0).sort(descending=True).values,
             "Every token has the same chance: draw from softmax(logits / temperature).": torch.full(
                 (5,), 0.2
             ),
@@ -377,6 +408,9 @@ def sample(sample):
         "With top_k=3 only the three most likely tokens should have a chance, in their old proportions.",
         mistakes={
             "top_k has no effect: give all but the k largest logits the chance 0.": logits.softmax(0),
+            "You return the place among the best, not the token: look it up in the indices of topk.": torch.zeros(5).index_copy(
+                0, torch.arange(3), logits[order[:3]].softmax(0)
+            ),
             "You set the other logits to 0, which is a chance like any other: use minus infinity.": zeros.softmax(
                 0
             ),
@@ -413,4 +447,5 @@ def sample(sample):
         lambda: sample(logits, temperature=-1.0),
         "A temperature below 0 should raise a ValueError.",
     )
+    expect_raises(ValueError, lambda: sample(logits, temperature=math.inf), "An infinite temperature should raise a ValueError.")
     expect_raises(ValueError, lambda: sample(logits, top_k=0), "top_k=0 leaves no token: raise a ValueError.")

@@ -207,18 +207,22 @@ def balance_bias(balance_bias):
         },
     )
     expect_close(balance_bias(bias, torch.ones(4), 0.01), bias, "A level load leaves the bias as it is.")
+    expect_close(balance_bias(bias, load, 0.0), bias, "A rate of 0 leaves the bias as it is.")
     expect_raises(ValueError, lambda: balance_bias(bias, load, -0.1), "A negative rate should raise a ValueError.")
 
 
 @checks("sequence_balance_loss")
 def sequence_balance_loss(sequence_balance_loss):
     ours = reference("moe")
-    routing = ours.route(torch.randn(3, 12, 6) + torch.randn(3, 1, 6), torch.zeros(6), 2)
+    routing = ours.route(torch.randn(3, 12, 6) + torch.randn(3, 1, 6), torch.randn(6), 2)  # a bias: who served is not who scored best
     got = sequence_balance_loss(routing)
     expect_shape(got, (), "The loss, one number,")
     chosen = torch.zeros(3, 12, 6).scatter(-1, routing.experts, 1.0)
     share = routing.scores / routing.scores.sum(-1, keepdim=True)
     load = chosen.mean(1)
+    best = torch.zeros(3, 12, 6).scatter(-1, routing.scores.topk(2, -1).indices, 1.0).mean(1)
+    of_chosen = routing.scores / routing.scores.gather(-1, routing.experts).sum(-1, keepdim=True)
+    afterwards = routing.scores.mean(1) / routing.scores.mean(1).sum(-1, keepdim=True)
     expect_close(
         got,
         (load * 3 * share.mean(1)).sum(-1).mean(),
@@ -230,6 +234,9 @@ def sequence_balance_loss(sequence_balance_loss):
             "The load is not relative: multiply by the number of experts over the number of choices, so that one is a fair share.": (
                 load * share.mean(1)
             ).sum(-1).mean(),
+            "You count the best by score: count those that served, routing.experts.": (best * 3 * share.mean(1)).sum(-1).mean(),
+            "The scores are divided by the sum of the chosen ones: divide by that of all experts.": (load * 3 * of_chosen.mean(1)).sum(-1).mean(),
+            "The mean of the scores is scaled: scale each token's scores, then take the mean.": (load * 3 * afterwards).sum(-1).mean(),
             "The scores are not scaled: divide each token's scores by their sum.": (load * 3 * routing.scores.mean(1)).sum(-1).mean(),
             "The product is taken for each token before the mean: take the means of load and share first.": (chosen * 3 * share).sum(-1).mean(),
             "You take the mean over the experts: sum over them.": (load * 3 * share.mean(1)).mean(),
@@ -237,6 +244,9 @@ def sequence_balance_loss(sequence_balance_loss):
             "The load is multiplied by the number of experts only: divide by the choices too.": (load * 6 * share.mean(1)).sum(-1).mean(),
         },
     )
-    logits = torch.randn(2, 5, 6, requires_grad=True)
-    sequence_balance_loss(ours.route(logits, torch.zeros(6), 2)).backward()
-    expect(logits.grad is not None and bool(logits.grad.any()), "No gradient reaches the router: it goes through the scores.")
+    expect_gradients(
+        lambda scores: sequence_balance_loss(routing._replace(scores=scores)),
+        lambda scores: ours.sequence_balance_loss(routing._replace(scores=scores)),
+        routing.scores,
+        sentence="The gradient must reach the router through the scores, and through the sum that they are divided by.",
+    )

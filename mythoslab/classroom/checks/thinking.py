@@ -49,7 +49,7 @@ def stopper(Stopper):
             "'accumulate' stops where acc ← acc + p · (1 − acc) reaches the threshold.",
             {
                 "'accumulate' adds only what is left: p · (1 − acc), not p.": halts.cumsum(0) >= 0.8,
-                "'accumulate' forgets what earlier passes gave: keep it in self.paid, at these tokens.": halts >= 0.8,
+                "'accumulate' forgets what earlier passes gave: keep it for every token.": halts >= 0.8,
             },
         ),
         "act": (
@@ -64,13 +64,14 @@ def stopper(Stopper):
         ),
         "converge": (
             typical,
-            "'converge' stops where the change is below this share of the state.",
+            "'converge' stops where the length of the change, state − before, is below this share of the length of the state after it.",
             {
                 "'converge' compares the change itself: divide by the size of the state.": moved < typical,
                 "'converge' stops where much has changed: it should be little.": share >= typical,
+                "'converge' compares with the state before the pass: take that after it.": moved / states[:-1].norm(dim=-1) < typical,
             },
         ),
-        "none": (1.0, "'none' never stops.", {}),
+        "none": (None, "'none' never stops.", {}),
     }
     for rule, (threshold, sentence, mistakes) in cases.items():
         expect_close(
@@ -79,22 +80,31 @@ def stopper(Stopper):
             sentence,
             mistakes={cause: wrong.float() for cause, wrong in mistakes.items()},
         )
-    part = Stopper(model, "accumulate", None, (2, 3))
-    for before, after in zip(states, states[1:]):
-        part.stops(after, before, at)
-    others = torch.ones(2, 3, dtype=torch.bool)
-    others[at] = False
-    expect(
-        not bool(part.paid[others].any()),
-        "Tokens that were not asked about have paid too: write to self.paid at these tokens alone.",
+    elsewhere = torch.tensor([1, 0, 1, 0]), torch.tensor([1, 0, 0, 1])  # two of them as before, two for the first time
+
+    def moving(kind):
+        part = kind(model, "accumulate", 0.8, (2, 3))
+        places = (at, at, elsewhere, elsewhere, at)
+        return torch.stack([part.stops(after, before, here) for before, after, here in zip(states, states[1:], places)])
+
+    expect_close(
+        moving(Stopper).float(),
+        moving(reference("thinking").Stopper).float(),
+        "Tokens are mixed up when others are asked about at the next pass: keep what each has at its row and position, at, and leave the rest.",
     )
+    new = _model()  # its head says 1/2 of everything
+    level = lambda rule, threshold: bool(Stopper(new, rule, threshold, (2, 3)).stops(states[1], states[0], at).all())  # noqa: E731
+    expect(level("ponder", 0.5) and level("act", 0.5), "Where the threshold is just reached a token stops: compare with >=.")
+    expect(not level("settled", 0.5), "'settled' must pass its threshold: compare with >.")
     expect(
         Stopper(model, "settled", None, (1, 1)).threshold == 0.9,
         "Without a threshold that of RULES should hold: ask 'is None'.",
     )
     for rule, bad in (("settled", 1.5), ("settled", 0.0), ("act", -1.0), ("act", math.inf)):
         expect_raises(ValueError, lambda: Stopper(model, rule, bad, (1, 1)), f"A threshold of {bad:g} for {rule!r} should raise a ValueError.")
+    Stopper(model, "act", 1.5, (1, 1))
     headless = _model(halting="none")
+    Stopper(headless, "converge", None, (1, 1)), Stopper(headless, "none", None, (1, 1))
     expect_raises(ValueError, lambda: Stopper(model, "never", None, (1, 1)), "An unknown rule should raise a ValueError.")
     expect_raises(
         ValueError,
@@ -110,8 +120,9 @@ def gathered(Gathered):
     def told(kind, n_slots=3):
         """Three passes of two sequences, of which fewer and fewer tokens think; what is told, and what is kept."""
         numbers = torch.Generator().manual_seed(0)
-        memory = kind(cache(2, 4, 2, n_slots=n_slots))
-        memory.memory[:, :, 0] = torch.arange(1.0, n_slots + 1).view(n_slots, 1, 1)  # an earlier token, another at every pass
+        store = cache(2, 4, 2, n_slots=n_slots)
+        memory = kind(store)
+        store.memory[:, :, 0] = torch.arange(1.0, n_slots + 1).view(n_slots, 1, 1)  # an earlier token, another at every pass
         memory.n_seen, answers = 3, []
         everybody = torch.tensor([[1, 2], [1, 2]])
         thinking = [([0, 1], [[1, 2], [1, 2]]), ([0, 1], [[2], [1]]), ([1], [[1]])]
@@ -120,7 +131,7 @@ def gathered(Gathered):
                 memory.carry(pass_index, torch.tensor([[0], [1]]), everybody)
             memory.rows, memory.places = torch.tensor(rows), torch.tensor(places)
             answers.append(memory.write(torch.randn(*memory.places.shape, 2, generator=numbers), pass_index).clone())
-        return answers, memory.memory.clone()
+        return answers, store.memory.clone()
 
     class NoCarry(reference("thinking").Gathered):
         def carry(self, pass_index, rows, places):
@@ -193,6 +204,12 @@ def nucleus(nucleus):
             mistakes={
                 "One token too few is left: the one that reaches top_p belongs to them.": finite(keeping(enough - 1)),
                 "One token too many is left: stop with the one that reaches top_p.": finite(keeping(min(5, enough + 1))),
+                "What is kept is counted in sorted order, and masked in the old one: scatter it to where it came from.": finite(
+                    logits.masked_fill(torch.arange(5) >= enough, -math.inf)
+                ),
+                "The chances are added up in the order of the tokens: sort them first, the likeliest first.": finite(
+                    logits.masked_fill(chances.cumsum(0) - chances >= top_p, -math.inf)
+                ),
                 "The logits come back in sorted order: scatter them to where they came from.": finite(keeping(enough)[order]),
                 "The others get 0, which is a chance like any other: use minus infinity.": finite(zeros),
                 "Chances come back in place of logits: leave what is kept as it was.": finite(
@@ -202,6 +219,8 @@ def nucleus(nucleus):
         )
     expect(torch.equal(logits, given), "You change the logits that were handed in.")
     sure = nucleus(torch.tensor([9.0, 0.0, 0.0]), 0.1)
+    alike = nucleus(torch.zeros(4), 0.5)
+    expect(alike.isfinite().sum() == 2, "Of four tokens that are alike two reach 0.5: go by their places when sorted, not by the chance of the last one kept.")
     expect(sure.isfinite().sum() == 1, "The likeliest token is always left, however small top_p is.")
     expect_raises(ValueError, lambda: nucleus(logits, 0.0), "top_p=0 leaves no token: raise a ValueError.")
     expect_raises(ValueError, lambda: nucleus(logits, 1.5), "top_p above 1 should raise a ValueError.")

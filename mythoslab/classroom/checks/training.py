@@ -59,6 +59,9 @@ def held_out_bits(held_out_bits):
             "The end of the text is missing: the last window ends with the last token.": of(
                 first + _nats(model, tokens[:28], stride=3)
             ),
+            "Your windows hold one context, and predict one token fewer: read a whole context, and let it predict as many tokens, the last one behind it.": of(
+                first + _nats(model, tokens, stride=3, context=5)
+            ),
             "n_passes has no effect: hand it to the model.": of(
                 first + _nats(model, tokens, stride=3, n_passes=2)
             ),
@@ -71,11 +74,12 @@ def held_out_bits(held_out_bits):
         of(first + _nats(model, short, stride=3)),
         "A text shorter than one context should be read in one window.",
     )
+    expect_raises(ValueError, lambda: held_out_bits(model, tokens[:1], n_bytes), "A single token should raise a ValueError: there is nothing to predict.")
 
 
 @torch.no_grad()
-def _nats(model, tokens, *, stride, twice=False, cut=False, n_passes=4):
-    context, last = 6, max(0, len(tokens) - 7)
+def _nats(model, tokens, *, stride, twice=False, cut=False, n_passes=4, context=6):
+    last = max(0, len(tokens) - 1 - context)
     total, done = 0.0, 1
     for start in range(0, len(tokens) - 1, stride) if cut else [*range(0, last, stride), last]:
         window = tokens[start : start + context + 1]
@@ -118,6 +122,12 @@ def schedule(schedule):
                 torch.minimum((steps + 1) / 0.2, (20 - steps) / 0.5), hold
             ),
         },
+    )
+    uneven = TrainConfig(n_steps=20, warm_up=0.125, decay=0.375)
+    expect_close(
+        torch.tensor([float(schedule(step, uneven)) for step in range(20)]),
+        torch.minimum(torch.minimum((steps + 1) / 2.5, (20 - steps) / 7.5), hold),
+        "warm_up · n_steps need not be whole: divide by it as it is, without rounding.",
     )
     flat = TrainConfig(n_steps=20, warm_up=0.0, decay=0.0)
     try:
@@ -208,7 +218,7 @@ def training_step(training_step):
     training_step(graded, [noting(compute) for compute in losses(graded)], _optimisers(graded))
     expect(
         any(new is not None and bool(new.any()) and (old is None or not torch.equal(old, new)) for old, new in zip(*gradients)),
-        "The numbers are right, and all losses are in memory at once: go backward after each, before you compute the next.",
+        "The numbers are right, and no gradient is there when the second loss is computed: call backward on each loss before you compute the next, or all are in memory at once.",
     )
     broken = copy.deepcopy(start)
     with torch.no_grad():
