@@ -323,7 +323,7 @@ class KeyValueAttention(GroupedQueryAttention):
     ):
         super().__init__(dim, n_heads, n_kv_heads, rope_theta=rope_theta)
         self.n_kv_heads, self.positions = n_kv_heads, positions
-        self.head_dim, self.rope_theta = dim // n_heads, rope_theta
+        self.head_dim, self.rope_theta = dim // n_heads, rope_theta  # whatever a learner's own calls them
         narrow = n_kv_heads * self.head_dim
         # The layer of notebook 06: the same numbers, faster on some CPUs.
         self.q_proj, self.o_proj = Projection(dim, dim), Projection(dim, dim)
