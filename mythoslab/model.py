@@ -478,8 +478,8 @@ def make_injection(config: MythosConfig) -> nn.Module:
 class Core(nn.Module):
     """Run the same blocks on a state, pass after pass, each token as often as it is told.
 
-    ``state ← blocks(embedding(injection(norm(state), inputs), pass))``, the embedding if there is one. A token that has had its passes keeps its state, and goes on
-    showing the others what it wrote in its last pass.
+    ``state ← blocks(embedding(injection(norm(state), inputs), pass))``, the embedding if there is one. A token that has had its
+    passes keeps its state, and goes on showing the others what it wrote in its last pass.
 
     Args:
         config: Sizes and kinds.
@@ -535,8 +535,8 @@ class Core(nn.Module):
         Args:
             n_passes: Of all tokens, or of each, ≥ 1.
             shown: A memory for each block, if there are earlier tokens; made here if there are none, and tokens stop early.
-            n_backward: Passes that gradients go through, counted from the end of the longest; all by default, or if it is more. A token that
-                stopped before them teaches the core nothing.
+            n_backward: Passes that gradients go through, counted from the end of the longest; all by default, or if it is more.
+                A token that stopped before them teaches the core nothing.
         """
         each = n_passes if isinstance(n_passes, Tensor) else None
         if each is not None:
@@ -619,9 +619,9 @@ def initialise(model: nn.Module) -> None:
 
     Every matrix starts with deviation ``1/√(channels in)``, and those of a block that add to the stream smaller by
     √(2 · depth), where depth counts every block as often as it runs (and twice without an injection). Embeddings start at
-    0.02, and smaller in models wider than 128: they are normed when read (up to the norm's ``eps``), and a new model then gives all tokens but the one
-    just read nearly the same chance. Where reading and writing share a matrix, that one has about ten times as much, still
-    next to nothing. Norms, injection, adapters and the halting head keep the start of their own.
+    0.02, and smaller in models wider than 128: they are normed when read (up to the norm's ``eps``), and a new model then
+    gives all tokens but the one just read nearly the same chance. Where reading and writing share a matrix, that one has about
+    ten times as much, still next to nothing. Norms, injection, adapters and the halting head keep the start of their own.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3, with passes counted as depth.
     """

@@ -227,7 +227,7 @@ def expect_gradients(theirs: Callable, ours: Callable, *inputs, sentence: str = 
     expect(alike, sentence)
 
 
-def expect_raises(error: type[Exception], call: Callable[[], Any], sentence: str) -> None:
+def expect_raises(error: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any], sentence: str) -> None:
     """Expect a call to raise an error; blanked exercises still count as not attempted."""
     try:
         call()
