@@ -146,7 +146,7 @@ class LatentCache:
         self.length = length
 
     def take(self, rows: list[int]) -> None:
-        """Go on with these sequences of the batch, in this order; one may be taken twice. A ValueError if there is no such one."""
+        """Go on with these sequences of the batch, in this order; one may be taken twice. A ValueError if there is no such sequence."""
         batch_size = self.memory.shape[1]
         require(len(rows) > 0 and all(0 <= row < batch_size for row in rows), "rows", rows, f"from 0 to {batch_size - 1}")
         self.memory = self.memory.index_select(1, torch.tensor(rows, device=self.memory.device))
@@ -461,13 +461,15 @@ class MultiHeadLatentAttention(nn.Module):
     def from_deepseek(cls, config: object, state_dict: Mapping[str, Tensor]) -> "MultiHeadLatentAttention":
         """The attention of one published DeepSeek-V2 or V3 layer.
 
+        The turns of YaRN come from ``config``, and are in no ``state_dict``: to load such a layer again, call this once more.
+
         Args:
             config: Of the model: a dict, as in its config.json, or an object with the same names.
             state_dict: Weights of the layer under their published names, with or without what stands before them.
 
         Raises:
             ValueError: The config lacks a size, or the weights are those of no layer or of several, have biases, or use unknown
-                positions. Those of YaRN are in the config alone: build it anew from there, not from a state_dict.
+                positions.
         """
         return _read_deepseek(cls, config, state_dict)
 

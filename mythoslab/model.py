@@ -535,7 +535,7 @@ class Core(nn.Module):
         Args:
             n_passes: Of all tokens, or of each, ≥ 1.
             shown: A memory for each block, if there are earlier tokens; made here if there are none, and tokens stop early.
-            n_backward: Passes that gradients go through, counted from the end of the longest; all by default, or if it is more.
+            n_backward: Passes that gradients go through, counted from the end of the longest; all by default, or if there are no more than that.
                 A token that stopped before them teaches the core nothing.
         """
         each = n_passes if isinstance(n_passes, Tensor) else None
@@ -675,7 +675,7 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         tokens (batch, position), int64 → :class:`Thought`
 
     Raises:
-        ValueError: There are no tokens or more than ``context_length``, they are none of this vocabulary, or the passes will
+        ValueError: There are no tokens, more than ``context_length``, or some that are not in this vocabulary; or the passes will
             not do, as for :class:`Core`.
 
     Source: prelude, recurrent core and coda as in Geiping et al. 2025, section 3.
@@ -708,7 +708,7 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         require(tokens.dtype == torch.int64, "the dtype of tokens", tokens.dtype, "torch.int64")
         try:
             return self.embedding_norm(self.embedding(tokens))
-        except IndexError:  # on a GPU the device stops
+        except IndexError:  # on a CPU; a GPU stops instead
             check_tokens(tokens, self.config)
             raise
 
@@ -782,7 +782,7 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kind) -> "Mythos":
-        """A model that was saved or pushed, as of :class:`PyTorchModelHubMixin`.
+        """A model that was saved or pushed, as by :class:`PyTorchModelHubMixin`.
 
         Raises:
             ValueError: Its configuration or its weights are missing, damaged or not of this kind of model.
@@ -828,7 +828,7 @@ def count_parameters(config: MythosConfig, *, active: bool = False) -> int:
     """Number of weights of a model, from its configuration alone; passes cost none, save what adapts to them.
 
     Args:
-        active: Count only what a token uses that takes one pass: of experts and adapters those that serve it; matrices of tokens in full.
+        active: Count only what a token uses that takes one pass: of experts and adapters those that serve it; the embedding and the output matrix in full.
     """
     dim, n_adapters = config.dim, 1 if active else config.n_passes
 

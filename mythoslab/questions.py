@@ -148,7 +148,7 @@ def two_chains(
     generator: torch.Generator,
     n_labels: int | None = None,
 ) -> ForestBatch:
-    """Draw balanced questions to test on: two chains of equal length whose roots have different colours, every pair as likely.
+    """Draw balanced questions to test on: two chains of equal length whose roots have different colours, all pairs equally likely.
 
     Args:
         batch_size: Number of lists of facts, ≥ 1.

@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         weight: A parameter, (dim,), ones at the start.
 
     Shape:
-        (..., dim) → (..., dim), of the dtype that came in; in between it computes in float32 at least.
+        (..., dim) → (..., dim), of the dtype that came in, if ``weight`` has it too; in between it computes in float32 at least.
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """

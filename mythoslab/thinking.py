@@ -32,9 +32,9 @@ class Stopper:
         model: Its head gives the probability to stop that most rules read.
         rule: ``"settled"``, where the head says that the answer will not change any more; ``"accumulate"``, where it has probably
             stopped by now, and ``"ponder"``, the same up to the median; ``"act"``, where the probabilities add up; ``"converge"``,
-            where the change of a pass is shorter than this share of the state after it; ``"none"``, never.
-        threshold: What must be reached, for ``"settled"`` passed, or for ``"converge"`` undercut: above 0, and below 1, for
-            ``"act"`` just finite; ``"none"`` has none. That of :data:`RULES` by default.
+            where the change of a pass is shorter than ``threshold`` times the state after it; ``"none"``, never.
+        threshold: What must be reached, for ``"settled"`` passed, or for ``"converge"`` undercut: above 0 and below 1,
+            but for ``"act"``, where 1 and more will do; ``"none"`` needs none. By default that of :data:`RULES`.
         shape: Of the tokens, (batch, position).
 
     Raises:
@@ -376,7 +376,7 @@ def plain_loop(
 
 # %% ../notebooks/10_thinking.ipynb #nucleus
 def nucleus(logits: Float[Tensor, "vocab"], top_p: float) -> Float[Tensor, "vocab"]:
-    """Leave only the fewest tokens whose chances add up to ``top_p``, of tokens that are alike too; the others get minus infinity.
+    """Leave only the fewest tokens whose chances add up to ``top_p``, even among equally likely ones; the others get minus infinity.
 
     Raises:
         ValueError: ``top_p`` is not above 0 and at most 1.

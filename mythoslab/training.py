@@ -116,8 +116,8 @@ def held_out_bits(
     """Bits per byte of a text under a model; every token is predicted once.
 
     The text is read in windows of one context that move on by half of it, so that a token has at least half
-    a context before it, save at the beginning. A window predicts as many tokens as it has, the last of them the one behind it; the last
-    window is moved back, to end with the text. On a CUDA GPU it computes in bfloat16. The first token, which has none at all, counts as one of
+    a context before it, save at the beginning. A window predicts a token for each that it has, the last of them the one behind it,
+    and only those count that no window before has predicted. The last window is moved back, to end with the text. On a CUDA GPU it computes in bfloat16. The first token, which has none at all, counts as one of
     ``vocab_size`` equals.
 
     Args:
@@ -1037,7 +1037,7 @@ def clear_run(folder: Path) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """The same, and the folder if nothing else lies there."""
+    """Remove what a run wrote into its folder, and the folder if nothing else lies there."""
     clear_run(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -1364,7 +1364,7 @@ def can_save(path: str | Path) -> None:
     """
     path = Path(path).resolve()
     apart = path != Path.cwd() and not os.path.ismount(path)  # a new folder takes its place
-    require(apart, "the folder to save to", str(path), "one inside the current folder, or inside what is mounted there")
+    require(apart, "the folder to save to", str(path), "neither the current folder nor a mount point: a folder inside it will do")
     try:
         if path.exists():
             ours = FILES + RECORDS if (path / "model.safetensors").exists() else ()  # else they are somebody's own
@@ -1447,7 +1447,7 @@ def load(path: str | Path) -> tuple[Mythos, Tokenizer]:
             got = tuple(weights[name].shape) if name in weights else "missing"
             require(got == shapes.get(name), name, got, str(shapes.get(name, "left out")))
             whole = weights[name].is_floating_point() and bool(weights[name].isfinite().all())
-            require(whole, f"a number of {name}", "none, or not finite", "a finite one of a floating-point dtype")
+            require(whole, f"the content of {name}", "not finite, or not floating-point", "finite floating-point numbers")
         kinds = {weights[name].dtype for name, _ in model.named_parameters()}  # the bias of experts has its own
         require(len(kinds) == 1, "the dtypes of the weights", kinds, "one")
         model.load_state_dict(weights, assign=True)

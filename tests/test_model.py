@@ -1333,7 +1333,7 @@ class AnyNumberOfEach(WrongCore):
 
 
 CORES = [
-    (AlwaysEmbeds, 'embedding.vectors is too many'),
+    (AlwaysEmbeds, 'embedding.vectors should not be there'),
     (NoAdapters, 'With pass_adapter="lora" the core should hold'),
     (NoSinglePass, "one_pass should give the state after one more pass"),
     (core_with(norms=False), "not normed"),

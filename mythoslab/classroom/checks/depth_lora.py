@@ -64,7 +64,7 @@ def pass_embedding(PassEmbedding):
     expect_close(held(x, 7), x, "The rule was changed and nothing happens: keep it as self.beyond, and look at it in every pass.")
     expect_raises(ValueError, lambda: theirs(x, -1), "A pass_index of −1 should raise a ValueError, not count from the end.")
     expect_raises(ValueError, lambda: PassEmbedding(0, 4), "Zero passes should raise a ValueError.")
-    expect_raises(ValueError, lambda: PassEmbedding(3, 0), "No channel should raise a ValueError.")
+    expect_raises(ValueError, lambda: PassEmbedding(3, 0), "Zero channels should raise a ValueError.")
     expect_raises(ValueError, lambda: PassEmbedding(3, 4, beyond="repeat"), "An unknown rule should raise a ValueError.")
     expect_raises(ValueError, lambda: theirs(x[..., :1], 0), "One channel in place of four should raise a ValueError, not be spread.")
 

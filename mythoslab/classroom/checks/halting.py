@@ -186,8 +186,8 @@ def ponder_kl(ponder_kl):
     finite = slope is not None and bool(slope.isfinite().all())
     expect(
         finite,
-        "The value is right, and its gradient at a share of 0 is infinite or nan, as that of xlogy and kl_div is; times the zero slope of a sure head "
-        "that is nan, so keep the logarithm finite: take that of the share clamped to the smallest number there is.",
+        "The value is right, and its gradient at a share of 0 is infinite or nan, as that of xlogy and kl_div is. Times the zero slope of a head that is "
+        "sure, it gives nan. Keep the logarithm finite: clamp the share to the smallest positive number, torch.finfo(dtype).tiny, before you take it.",
     )
     for bad in (0.0, 1.0):
         expect_raises(ValueError, lambda: ponder_kl(distribution, bad), f"A prior_rate of {bad:g} should raise a ValueError.")

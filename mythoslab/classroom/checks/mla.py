@@ -187,7 +187,7 @@ def _check_attention(attend, sentence):
     )
     expect_gradients(attend, _by_hand, *arguments)
     narrow = query, kept, up[:, :13], 0.4
-    halves = "A value need not be as wide as a key without position: split up after the channels of the query that are not rotated."
+    halves = "A value need not be as wide as a key without position: divide the rows of `up` after as many as the query has channels that are not rotated."
     try:
         got = attend(*narrow)
     except (RuntimeError, IndexError):

@@ -117,7 +117,7 @@ def core(Core):
     leaf = inputs.clone().requires_grad_()
     expect(
         not _keeps(theirs, leaf),
-        "The passes before the last n_backward still keep what a gradient needs: run them under torch.no_grad(), to detach the state is not enough.",
+        "The passes before the last n_backward still keep what a gradient needs: run them under torch.no_grad(); detaching the state is not enough.",
     )
     kept = []
     theirs.blocks[0].register_forward_hook(lambda block, read, out: kept.append(out.requires_grad))
@@ -147,7 +147,7 @@ def _first_apart(got: dict, needed: dict) -> str:
             return f"{name} is missing"
         if got[name] != needed[name]:
             return f"{name} should have the shape {needed[name]}, and it has {got[name]}"
-    return f"{next((name for name in got if name not in needed), None)} is too many"
+    return f"{next((name for name in got if name not in needed), None)} should not be there"
 
 
 def _keeps(core, inputs) -> bool:

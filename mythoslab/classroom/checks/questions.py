@@ -135,7 +135,7 @@ def two_chains(two_chains):
     )
     pairs, possible = len(set(map(tuple, colour.tolist()))), n_colours * (n_colours - 1)
     expect(pairs > 2, "The same few pairs of colours come up in every list: draw them anew for each list.")
-    expect(pairs == possible, f"In 400 lists only {pairs} of {possible} pairs of colours come up: any two different ones should be as likely.")
+    expect(pairs == possible, f"In 400 lists only {pairs} of {possible} pairs of colours come up: any two different ones should be equally likely.")
     position = torch.arange(2 * length).expand_as(batch.node)
     for what, where in (("label", batch.node), ("position in the list", position)):
         mean = torch.stack([where[batch.depth == depth].float().mean() for depth in range(length)])

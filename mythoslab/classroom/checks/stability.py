@@ -106,7 +106,7 @@ def lti_injection(LTIInjection):
     expect_raises(ValueError, lambda: theirs(state, inputs[:1]), "State and inputs of different shapes should raise a ValueError.")
     wide = torch.randn(2, 3, 5)
     expect_raises(ValueError, lambda: theirs(wide, wide), "Five channels for an injection of four should raise a ValueError.")
-    expect_raises(ValueError, lambda: LTIInjection(0), "No channel should raise a ValueError.")
+    expect_raises(ValueError, lambda: LTIInjection(0), "Zero channels should raise a ValueError.")
 
 
 def _linear_parts():

@@ -64,7 +64,7 @@ def stopper(Stopper):
         ),
         "converge": (
             typical,
-            "'converge' stops where the length of the change, state − before, is below this share of the length of the state after it.",
+            "'converge' stops where the length of the change, state − before, is below threshold times the length of the state after it.",
             {
                 "'converge' compares the change itself: divide by the size of the state.": moved < typical,
                 "'converge' stops where much has changed: it should be little.": share >= typical,
