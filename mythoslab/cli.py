@@ -125,6 +125,8 @@ def _train(options):
         return _train_forest(options)
     if options.preset not in TRAINING:
         raise ValueError(f"there is no preset '{options.preset}' to train: choose one of {', '.join(TRAINING)}, forest")
+    _at_least(1, steps=options.steps)
+    _at_least(0, seed=options.seed)
     train_preset(
         options.preset,
         text=options.text,
@@ -133,6 +135,12 @@ def _train(options):
         n_steps=options.steps,
         resume=options.resume,
     )
+
+
+def _at_least(least, **values):
+    for name, value in values.items():
+        if value is not None and not least <= value < 2**62:
+            raise ValueError(f"--{name} is {value}; it must be at least {least}, and below 2**62")
 
 
 def _train_forest(options):
@@ -151,9 +159,8 @@ def _train_forest(options):
         raise ValueError("--resume goes with a language model: the preset forest takes a minute, train it anew")
     if options.text is not None:
         raise ValueError("--text goes with a language model: the preset forest is trained on questions")
-    for name, value, least in (("steps", steps, 1), ("seed", options.seed, 0)):
-        if not least <= value < 2**62:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}, and below 2**62")
+    _at_least(1, steps=steps)
+    _at_least(0, seed=options.seed)
     can_write(out)
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -181,9 +188,14 @@ def _ask(options):
     from .training import choose_device, load
 
     model, tokenizer = load(options.folder)
+    _at_least(1, passes=options.passes)
+    _at_least(0, tokens=options.tokens, seed=options.seed)
     passes = usual_passes(model) if options.passes is None else options.passes
     if passes > 10_000:
         raise ValueError(f"--passes is {passes}; it must be at most 10,000: each takes memory")
+    length, context = len(tokenizer.encode(options.prompt)), model.config.context_length
+    if length > context:
+        raise ValueError(f"the prompt has {length:,} tokens; it must have at most {context:,}, the context of this model")
     pieces = write_text(
         model.to(choose_device()),
         tokenizer,

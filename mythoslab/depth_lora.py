@@ -9,6 +9,8 @@ __all__ = ['PassEmbedding', 'DepthLoRA', 'EmbeddedBlock', 'AdaptedBlock', 'Depth
 # %% ../notebooks/05_depth_lora.ipynb #imports
 import copy
 import math
+import threading
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
@@ -129,10 +131,14 @@ class EmbeddedBlock(nn.Module):
         return self.block(self.embedding(x, pass_index))
 
 
+#: Held while a block runs with merged weights in it: a second thread would find them there, and put them back as its own.
+_ONE_THREAD = threading.RLock()
+
+
 class AdaptedBlock(nn.Module):
     """A block with a :class:`DepthLoRA` for each of its linear layers, merged into their weights at every pass.
 
-    The merged weights stand in the block while it runs: a block may serve one thread at a time.
+    The merged weights stand in the block while it runs, so threads take turns.
 
     Args:
         block: Any module with ``nn.Linear`` layers; it is used, not copied.
@@ -162,8 +168,13 @@ class AdaptedBlock(nn.Module):
             for name, adapter in zip(self.layers, self.adapters)
         }
 
+    def run(self, pass_index: int, *arguments: object) -> Float[Tensor, "*batch dim"]:
+        """The block on these arguments, with the weights of a pass."""
+        with nullcontext() if torch.compiler.is_compiling() else _ONE_THREAD:
+            return torch.func.functional_call(self.block, self.weights(pass_index), arguments, tie_weights=False)
+
     def forward(self, x: Float[Tensor, "*batch dim"], pass_index: int) -> Float[Tensor, "*batch dim"]:
-        return torch.func.functional_call(self.block, self.weights(pass_index), (x,), tie_weights=False)
+        return self.run(pass_index, x)
 
 
 class DepthLoop(Loop):

@@ -369,7 +369,7 @@ class MultiHeadLatentAttention(nn.Module):
         (batch, position, dim) → (batch, position, dim)
 
     Raises:
-        ValueError: A size is below one, or ``qk_rope_head_dim`` is odd.
+        ValueError: A size is below one, ``qk_rope_head_dim`` is odd, or ``x`` has another shape.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1 and appendix C; names as published with DeepSeek-V3.
     """
@@ -434,6 +434,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, x: Float[Tensor, "batch position dim"], cache: LatentCache | None = None, pass_index: int = 0
     ) -> Float[Tensor, "batch position dim"]:
         """Attend to these positions, and with a cache to those it has filled; write, and leave it to the caller to advance it."""
+        dim = self.kv_a_proj_with_mqa.in_features
+        require(x.dim() == 3 and x.shape[2] == dim, "the shape of x", tuple(x.shape), f"(batch, position, {dim})")
         start, n_new = 0 if cache is None else cache.length, x.shape[1]
         places = getattr(cache, "places", None)  # of tokens that do not simply come next, (batch, position)
         stand = torch.arange(start, start + n_new, device=x.device) if places is None else places.flatten()

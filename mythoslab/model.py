@@ -72,7 +72,7 @@ class MythosConfig:
         qk_norm: Norm queries and keys of ``"mha"`` and ``"gqa"``, and learn how sharply each head looks.
         q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: Of ``"mla"``; ``q_lora_rank`` 0 for
             none.
-        ffn: Of the core: ``"dense"`` or ``"moe"``; prelude and coda are dense.
+        ffn: Of the core: ``"dense"`` or ``"moe"``; prelude and coda are dense. Training calls ``update_bias`` of all experts after each step.
         expert_dim, n_routed_experts, n_experts_per_token, n_shared_experts: Of ``"moe"``; the weights of several chosen experts sum
             to one, that of a single one is its score.
         injection: How a pass gets its inputs: ``"add"`` them, ``"lti"``, a free ``"linear"`` layer over both, or
@@ -322,6 +322,8 @@ class KeyValueAttention(GroupedQueryAttention):
         qk_norm: bool = False,
     ):
         super().__init__(dim, n_heads, n_kv_heads, rope_theta=rope_theta)
+        require(positions in CHOICES["core_positions"], "positions", positions, f"one of {', '.join(CHOICES['core_positions'])}")
+        require(positions != "half" or n_kv_heads % 2 == 0, "n_kv_heads", n_kv_heads, "even, for half of them to have positions")
         self.n_kv_heads, self.positions = n_kv_heads, positions
         self.head_dim, self.rope_theta = dim // n_heads, rope_theta  # whatever a learner's own calls them
         narrow = n_kv_heads * self.head_dim
@@ -344,10 +346,10 @@ class KeyValueAttention(GroupedQueryAttention):
         return torch.cat((rotate_each(first, angles), second), 1)
 
     def forward(
-        self, x: Float[Tensor, "batch position dim"], memory: "Shown | None" = None, pass_index: int = 0
+        self, x: Float[Tensor, "batch position dim"], memory: LatentCache | None = None, pass_index: int = 0
     ) -> Float[Tensor, "batch position dim"]:
         start, n_new = 0 if memory is None else memory.length, x.shape[1]
-        places = None if memory is None else memory.places
+        places = getattr(memory, "places", None)
 
         def heads(project, norm):
             split = project(x).unflatten(-1, (-1, self.head_dim))  # (batch, position, head, head_dim)
@@ -434,7 +436,7 @@ class AdaptedMythosBlock(AdaptedBlock):
     def forward(
         self, x: Float[Tensor, "batch position dim"], pass_index: int = 0, memory: "Shown | None" = None
     ) -> Float[Tensor, "batch position dim"]:
-        return torch.func.functional_call(self.block, self.weights(pass_index), (x, pass_index, memory), tie_weights=False)
+        return self.run(pass_index, x, pass_index, memory)
 
 # %% ../notebooks/08_model.ipynb #injection
 class AddInjection(nn.Module):
@@ -772,7 +774,11 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         *,
         cache: ThoughtCache | None = None,
     ) -> Thought:
-        """Think and read; a cache is written, and moves on."""
+        """Think and read; a cache is written, and moves on.
+
+        All tokens have the same number of passes, the configured one by default, or those given for each: the halting rule is for
+        :func:`mythoslab.thinking.think`.
+        """
         states = self.think(tokens, n_passes, cache=cache)
         logits = self.read(states.select(0, len(states) - 1), cache)
         if cache is not None:

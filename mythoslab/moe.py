@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from .mla import MANY_ROWS, learns_by_one_dnn, one_dnn, project, published
+from .mla import MANY_ROWS, Projection, learns_by_one_dnn, one_dnn, published
 from .questions import require
 from .recurrence import SwiGLU
 
@@ -176,7 +176,7 @@ def sort_and_group(
     rows = x.index_select(0, order.div(n_choices, rounding_mode="floor"))  # (pair, dim), sorted by expert
     gate, up = grouped_product(rows, gate_up, ends).chunk(2, -1)
     answers = grouped_product(F.silu(gate) * up, down, ends)
-    answers = answers.index_select(0, order.argsort()).view(n_tokens, n_choices, -1)  # in the order of the tokens
+    answers = answers.index_select(0, order.argsort()).view(n_tokens, n_choices, down.shape[1])  # in the order of the tokens
     return (routing.weights.to(x.dtype).unsqueeze(1) @ answers).squeeze(1)
 
 # %% ../notebooks/07_moe.ipynb #gather-experts
@@ -248,9 +248,10 @@ def sequence_balance_loss(routing: Routing) -> Float[Tensor, ""]:
 class SharedExperts(SwiGLU):
     """Experts that serve every token, side by side in one wider SwiGLU."""
 
-    def forward(self, x: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
-        gate, up = project(x, self.gate.weight), project(x, self.up.weight)
-        return project(F.silu(gate) * up, self.down.weight)
+    def __init__(self, dim: int, hidden_dim: int):
+        nn.Module.__init__(self)  # the layers of notebook 06 in place of those of 02
+        self.gate, self.up = Projection(dim, hidden_dim), Projection(dim, hidden_dim)
+        self.down = Projection(hidden_dim, dim)
 
 
 class MixtureOfExperts(nn.Module):
@@ -266,6 +267,9 @@ class MixtureOfExperts(nn.Module):
         n_passes: Passes whose load is counted apart; later ones count with the last.
         sequence_balance: Factor of :func:`sequence_balance_loss`, which training finds in ``balance_loss``, summed over
             passes since the last :meth:`update_bias`, and adds to its loss; the source uses 0.0001, zero leaves it out.
+
+    In a training loop of your own call :meth:`update_bias` after each step. Before that, ``balance_loss`` holds the graph of what ran: after
+    a backward pass that no step follows set it to zero. Under gradient checkpointing load and loss count twice.
 
     Shape:
         x (batch, position, dim), pass_index counted from 0 → (batch, position, dim)
@@ -318,6 +322,9 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("bias", torch.zeros(n_routed_experts, dtype=torch.float32))
         self.register_buffer("load_by_pass", torch.zeros(n_passes, n_routed_experts, dtype=torch.int64), persistent=False)
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "balance_loss": 0.0}  # a copy is no part of the graph
+
     def _apply(self, change, recurse=True):
         bias = self.bias
         super()._apply(change, recurse)
@@ -362,7 +369,7 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             self._count(routing, pass_index)
         routing = Routing(*(part.flatten(0, 1) for part in routing))  # of (token,) in place of (batch, position)
-        run = gather_experts if routing.experts.numel() <= few_pairs(len(self.down), x.is_cpu) else sort_and_group
+        run = gather_experts if 0 < routing.experts.numel() <= few_pairs(len(self.down), x.is_cpu) else sort_and_group
         answer = run(x.flatten(0, 1), routing, self.gate_up, self.down).view_as(x)
         return answer if self.shared is None else answer + self.shared(x)
 

@@ -281,7 +281,7 @@ def split(documents: Sequence[str] | str, held_out_share: float = 0.05) -> tuple
         The training text and the held-out text.
 
     Raises:
-        ValueError: There are fewer than two different documents, or one side would be empty.
+        ValueError: There are fewer than two different documents, paragraphs or lines, or one side would be empty.
 
     Source: overlap filter as in Brown et al. 2020 (GPT-3), appendix C, with characters for words.
     """
@@ -293,8 +293,8 @@ def split(documents: Sequence[str] | str, held_out_share: float = 0.05) -> tuple
             joint, documents = "\n", [line for line in text.split("\n") if line.strip()]
     else:
         documents = without_repeats(documents)
-    n_different = len(set(documents))
-    require(n_different > 1, "the number of different documents", n_different, "at least 2")
+    n_different, kind = len(set(documents)), "documents" if joint == "\n\n\n" else "paragraphs or lines"
+    require(n_different > 1, f"the number of different {kind}", n_different, "at least 2")
     hashes = [int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256 for text in documents]
     limit = max(held_out_share, min(hashes))
     training = joint.join(text for text, hash in zip(documents, hashes) if hash > limit)

@@ -329,7 +329,7 @@ def think(
     counts: Int64[Tensor, "batch"] | None = None,
     at: Bool[Tensor, "batch position"] | None = None,
 ) -> Thought:
-    """Read a batch once, each token with as many passes as it needs.
+    """Read a batch once, each token with as many passes as it needs; without gradients.
 
     Args:
         tokens: Filled up behind where sequences are shorter.
@@ -430,7 +430,7 @@ def generate(
         rule, threshold: When a token stops, as for :class:`Stopper`; by default the model's own rule.
         temperature, top_k: As for :func:`mythoslab.model.sample`.
         top_p: Share of the chances that the fewest tokens to draw from must have, 0 … 1; it leaves some out before ``top_k`` does.
-        seed: The same seed gives the same tokens.
+        seed: Of every prompt alike: the same prompt and seed give the same tokens.
         trim: Of a prompt that is too long keep the end; else it is refused.
 
     Yields:

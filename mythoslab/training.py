@@ -6,11 +6,12 @@
 __all__ = ['NAMES', 'COLOURS', 'REST_AFTER', 'KEPT', 'PARTS', 'STEPS', 'FILES', 'RECORDS', 'NOTHING', 'TRAINING', 'ngram_bits',
            'lzma_bits', 'held_out_bits', 'Words', 'question_words', 'QuestionBatch', 'chain_questions', 'sum_questions',
            'filled', 'exception_facts', 'written_facts', 'shortest_fact', 'fact_questions', 'join', 'TrainConfig',
-           'schedule', 'optimisers', 'Curriculum', 'draw_questions', 'text_loss', 'question_loss', 'training_step',
-           'StepMemory', 'kept_by_block', 'step_memory', 'Step', 'text_losses', 'make_step', 'checkpoints', 'can_begin',
-           'save_checkpoint', 'load_checkpoint', 'restore', 'stopping_politely', 'alone_in', 'clear_run', 'remove_run',
-           'open_log', 'train', 'settled', 'halting_loss', 'train_halting', 'answers_right', 'passes_late', 'can_save',
-           'save', 'load', 'choose_device', 'continuation', 'measure', 'write_results', 'told_results', 'train_preset']
+           'schedule', 'bare', 'optimisers', 'Curriculum', 'draw_questions', 'text_loss', 'question_loss',
+           'training_step', 'StepMemory', 'kept_by_block', 'step_memory', 'Step', 'text_losses', 'make_step',
+           'checkpoints', 'can_begin', 'save_checkpoint', 'load_checkpoint', 'restore', 'stopping_politely', 'alone_in',
+           'clear_run', 'remove_run', 'open_log', 'train', 'settled', 'halting_loss', 'train_halting', 'answers_right',
+           'passes_late', 'can_save', 'save', 'load', 'choose_device', 'continuation', 'measure', 'write_results',
+           'told_results', 'train_preset']
 
 # %% ../notebooks/09_training.ipynb #imports
 import builtins
@@ -418,7 +419,7 @@ class TrainConfig:
         n_read: Passes of a step whose answers count, drawn anew each time, the last one always; ≥ 1.
         n_digits: Most digits of the numbers in sums, ≥ 1.
         accumulate: Batches whose gradients are added up before a step, ≥ 1.
-        halting_steps: Steps of the second stage, in which the halting head alone is trained, ≥ 0.
+        halting_steps: Steps of the second stage, :func:`train_halting`, in which the halting head alone is trained, ≥ 0.
         bias_rate: By which the bias of experts with too much or too little to do changes at each step, ≥ 0.
         save_every: Steps between two checkpoints, ≥ 1.
         seed: Of the batches and the numbers of passes.
@@ -523,7 +524,14 @@ def schedule(step: int, config: TrainConfig) -> float:
     return min(1.0, rise, fall)
 
 # %% ../notebooks/09_training.ipynb #optimisers
-def optimisers(model: Mythos, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, if ``torch.compile`` or a wrapper that spreads it over devices stands around it."""
+    for wrapper in ("_orig_mod", "module"):
+        model = getattr(model, wrapper, model)
+    return model
+
+
+def optimisers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for every weight with two dimensions but those of tokens; AdamW for these and all else, stacked experts and low-rank adapters too.
 
     Muon makes a step about as long in each direction of a matrix as in any other. Its rate is scaled so that a
@@ -532,7 +540,7 @@ def optimisers(model: Mythos, config: TrainConfig) -> list[torch.optim.Optimizer
     Source: Jordan et al. 2024 (Muon); scaled as in Liu et al. 2025, section 2.2.
     """
     matrices, others = [], []
-    for name, weight in model.named_parameters():
+    for name, weight in bare(model).named_parameters():
         hidden = weight.dim() == 2 and name not in ("embedding.weight", "head.weight")
         (matrices if hidden else others).append(weight)
     kind = dict(lr=config.learning_rate)
@@ -1087,7 +1095,7 @@ def train(
 ) -> list[Step]:
     """Train a model on a text, and on graded questions beside it, where it lies: on the CPU or a GPU.
 
-    A bar shows loss, passes, speed and time left. With a folder, every step is a line of ``log.jsonl`` (and of TensorBoard, if it is
+    The halting head is left as it is: :func:`train_halting` comes after. A bar shows loss, passes, speed and time left. With a folder, every step is a line of ``log.jsonl`` (and of TensorBoard, if it is
     installed), and checkpoints let an interrupted run go on as if nothing had happened.
 
     Args:
@@ -1121,6 +1129,7 @@ def train(
 def _train(
     model: Mythos, data: Tensor, config: TrainConfig, words: Words | None, folder: Path | None, resume: bool
 ) -> list[Step]:
+    require(isinstance(data, Tensor), "data", type(data).__name__, "a tensor of tokens")
     require(config.question_batch == 0 or words is not None, "words", words, "given, if there are questions")
     context, longest = model.config.context_length, config.longest_question if config.question_batch else 0
     require(longest <= context, "the longest text of questions", longest, f"at most context_length, {context}: take fewer n_facts")
@@ -1135,7 +1144,7 @@ def _train(
         state, tensors = load_checkpoint(folder)
         _same_run(folder, state, json.loads(json.dumps(run)))
         try:
-            restore(model, optims, tensors)
+            restore(bare(model), optims, tensors)
             draw.set_state(tensors["draw"])
             curriculum = Curriculum(**state["curriculum"])
             history = [Step(*values) for values in state["history"]]
@@ -1174,7 +1183,7 @@ def _train(
                 log(history[-1])
                 if folder is not None and (stop or len(history) == config.n_steps or len(history) % config.save_every == 0):
                     state = {**run, "curriculum": asdict(curriculum), "history": history}
-                    save_checkpoint(folder, len(history), model, optims, state, draw.get_state())
+                    save_checkpoint(folder, len(history), bare(model), optims, state, draw.get_state())
             except OSError as error:
                 problem = f"step {len(history)} cannot be written to {folder} ({error.strerror}): make room, then"
                 kept = any(folder.glob(STEPS))
@@ -1381,21 +1390,25 @@ def can_save(path: str | Path) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}); save to a folder of your own") from None
 
 
-def save(path: str | Path, model: Mythos, tokenizer: Tokenizer, log: str | None = None) -> None:
+def save(path: str | Path, model: nn.Module, tokenizer: Tokenizer, log: str | None = None) -> None:
     """Write weights, configuration and tokenizer to a folder, with the log of the run if there is one: whole, or not at all.
 
-    A model that lies there is replaced, with all that was written about it.
+    A model that lies there is replaced, with all that was written about it. Of a compiled or spread model the one inside is saved.
 
     Raises:
-        ValueError: The folder holds other files than a checkpoint.
+        ValueError: The folder holds other files than a checkpoint; or ``load`` could not read the model, whose vocabulary is not that
+            of the tokenizer, or whose weights are not those of its configuration, or not finite.
         OSError: The folder cannot be written.
     """
     can_save(path)
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, model = Path(path).resolve(), bare(model)
     weights = {name: weight.cpu().contiguous() for name, weight in model.state_dict().items()}
+    _fitting(model.config, tokenizer, weights)  # what load would refuse is not written
     if model.config.tie_embeddings:
+        tied = model.head.weight is model.embedding.weight
+        require(tied, "head.weight", "another tensor than embedding.weight", "the same: the configuration has tie_embeddings")
         del weights["head.weight"]  # it is the embedding
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
         new.mkdir()
@@ -1412,6 +1425,27 @@ def save(path: str | Path, model: Mythos, tokenizer: Tokenizer, log: str | None 
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
+
+
+def _fitting(config: MythosConfig, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> Mythos:
+    """A model of the configuration, on the meta device, once tokenizer and weights are known to be its own."""
+    require(
+        tokenizer.vocab_size == config.vocab_size,
+        "vocab_size",
+        config.vocab_size,
+        f"{tokenizer.vocab_size} as in the tokenizer",
+    )
+    with torch.device("meta"):  # shapes only
+        model = Mythos(config)
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    for name in sorted(shapes.keys() | weights.keys()):
+        got = tuple(weights[name].shape) if name in weights else "missing"
+        require(got == shapes.get(name), name, got, str(shapes.get(name, "left out")))
+        whole = weights[name].is_floating_point() and bool(weights[name].isfinite().all())
+        require(whole, f"the content of {name}", "not finite, or not floating-point", "finite floating-point numbers")
+    kinds = {weights[name].dtype for name, _ in model.named_parameters()}  # the bias of experts has its own
+    require(len(kinds) == 1, "the dtypes of the weights", kinds, "one")
+    return model
 
 
 def load(path: str | Path) -> tuple[Mythos, Tokenizer]:
@@ -1432,24 +1466,9 @@ def load(path: str | Path) -> tuple[Mythos, Tokenizer]:
         config = MythosConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         weights = load_file(path / "model.safetensors")
-        require(
-            tokenizer.vocab_size == config.vocab_size,
-            "vocab_size",
-            config.vocab_size,
-            f"{tokenizer.vocab_size} as in the tokenizer",
-        )
-        with torch.device("meta"):  # shapes only, until they are known to agree
-            model = Mythos(config)
         if config.tie_embeddings and "embedding.weight" in weights:
             weights["head.weight"] = weights["embedding.weight"]
-        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-        for name in sorted(shapes.keys() | weights.keys()):
-            got = tuple(weights[name].shape) if name in weights else "missing"
-            require(got == shapes.get(name), name, got, str(shapes.get(name, "left out")))
-            whole = weights[name].is_floating_point() and bool(weights[name].isfinite().all())
-            require(whole, f"the content of {name}", "not finite, or not floating-point", "finite floating-point numbers")
-        kinds = {weights[name].dtype for name, _ in model.named_parameters()}  # the bias of experts has its own
-        require(len(kinds) == 1, "the dtypes of the weights", kinds, "one")
+        model = _fitting(config, tokenizer, weights)
         model.load_state_dict(weights, assign=True)
         if config.tie_embeddings:
             model.head.weight = model.embedding.weight

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -143,6 +144,21 @@ def test_adapted_block_is_the_block_with_changed_weights_and_leaves_them_alone()
     assert all(torch.equal(block.state_dict()[name], weight) for name, weight in before.items())
     adapted(x, 1).sum().backward()
     assert all(weight.grad is not None for weight in block.parameters())
+
+
+def test_threads_take_turns_in_a_block_and_leave_its_weights_alone():
+    adapted, inputs = trained(AdaptedBlock(small_block(), 3, 4)), torch.randn(4, 2, 5, 16)
+    before, alone = copy.deepcopy(adapted.state_dict()), [adapted(x, index).detach() for index, x in enumerate(inputs)]
+
+    def often(index):
+        with torch.no_grad():
+            return [adapted(inputs[index], index) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for mine, found in zip(alone, pool.map(often, range(4))):
+            assert all(torch.allclose(answer, mine, atol=1e-6) for answer in found)
+    assert all(isinstance(weight, nn.Parameter) for weight in dict(adapted.block.named_parameters()).values())
+    assert all(torch.equal(adapted.state_dict()[name], weight) for name, weight in before.items())
 
 
 def test_depth_loop_tells_the_block_its_pass():

@@ -325,6 +325,7 @@ BAD = [
     (lambda: cache_of(3).crop(4), "length is 4; it must be from 0 to 3"),
     (lambda: cache_of().take([2]), r"rows is \[2\]; it must be from 0 to 1"),
     (lambda: small()(torch.zeros(2, 7, 16), small().new_cache(2, 6)), "the number of new positions is 7; it must be at most 6"),
+    (lambda: small()(torch.zeros(2, 7, 15)), r"the shape of x is \(2, 7, 15\); it must be \(batch, position, 16\)"),
 ]
 
 

@@ -25,6 +25,7 @@ from mythoslab.model import (
     CHOICES,
     PRESETS,
     Core,
+    KeyValueAttention,
     Mythos,
     MythosBlock,
     MythosConfig,
@@ -564,6 +565,23 @@ def test_attention_keeps_as_many_numbers_as_predicted(attention):
     part, memory = make_attention(config), Shown()
     part(torch.randn(2, 5, 16), memory)
     assert memory.last.shape == (2, 5, kept_width(config))
+
+
+def test_positions_that_heads_cannot_have_are_named():
+    with pytest.raises(ValueError, match="positions is 'hafl'; it must be one of all, half, none"):
+        KeyValueAttention(32, 4, 2, positions="hafl")
+    with pytest.raises(ValueError, match="n_kv_heads is 1; it must be even, for half of them to have positions"):
+        KeyValueAttention(32, 4, 1, positions="half")
+
+
+def test_attention_reads_from_a_bare_cache_as_from_one_that_is_shown():
+    torch.manual_seed(0)
+    attention, x = KeyValueAttention(32, 4, 2), torch.randn(2, 6, 32)
+    memory = LatentCache(2, 6, attention.width)
+    with torch.no_grad():
+        first = attention(x[:, :4], memory)
+        memory.advance(4)
+        assert torch.allclose(torch.cat((first, attention(x[:, 4:], memory)), 1), attention(x), atol=1e-6)
 
 
 def one_head_after_the_other(attention: nn.Module, x: torch.Tensor, config: MythosConfig, positions: str) -> torch.Tensor:

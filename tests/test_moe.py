@@ -1,5 +1,6 @@
 """mythoslab.moe: the router, three ways to run experts, balance, and the checks of the notebook that builds them."""
 
+import copy
 import inspect
 
 import pytest
@@ -150,6 +151,28 @@ def test_shared_experts_serve_every_token():
     assert torch.allclose(with_them, part(x) + shared, atol=1e-6)
     assert experts(n_shared_experts=0).shared is None
     assert experts(n_shared_experts=3).shared.gate.weight.shape == (15, 8)
+
+
+def test_what_is_hung_on_a_shared_expert_has_its_effect():
+    part, x, called = experts(), torch.randn(2, 3, 8), []
+    before = part(x)
+    part.shared.up.register_forward_hook(lambda layer, inputs, output: called.append(1) or 2 * output)
+    assert not torch.allclose(part(x), before) and called
+
+
+def test_no_tokens_are_no_answers():
+    for n_experts in (6, 64):
+        part = experts(n_routed_experts=n_experts)
+        assert part(torch.zeros(0, 5, 8)).shape == (0, 5, 8) and part(torch.zeros(2, 0, 8)).shape == (2, 0, 8)
+
+
+def test_a_copy_between_a_step_and_the_update_is_no_part_of_the_graph():
+    part = experts(sequence_balance=0.1)
+    part(torch.randn(2, 5, 8))
+    again = copy.deepcopy(part)
+    assert again.balance_loss == 0.0 and part.balance_loss.requires_grad
+    assert torch.equal(again.load, part.load) and again.load.sum() == 20
+    assert torch.equal(again.gate_up, part.gate_up)
 
 
 def test_load_is_counted_by_pass_in_training_only():

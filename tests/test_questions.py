@@ -307,7 +307,7 @@ def test_a_single_text_keeps_what_it_says_twice(joint):
 
 @pytest.mark.parametrize("text", ["", "  \n\n ", "one line only", "same\n\nsame\n\nsame"])
 def test_a_text_that_cannot_be_split_is_refused(text):
-    with pytest.raises(ValueError, match="different documents"):
+    with pytest.raises(ValueError, match="different paragraphs or lines"):
         split(text)
 
 

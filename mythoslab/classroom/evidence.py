@@ -99,6 +99,8 @@ class Trial:
 _mla = dict(attention="mla", kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=2, v_head_dim=32)
 _moe = dict(ffn="moe", expert_dim=64, n_routed_experts=4, n_experts_per_token=2)
 _lora = dict(pass_adapter="lora", n_passes=2)  # later passes hold the second, in training too
+_no_wider = dict(qk_nope_head_dim=30, n_experts_per_token=1)  # keys of 32 a head, and 128 channels inside experts, as ours
+_one_head = dict(attention="gqa", n_kv_heads=1)
 _theirs = dict(taught="answer", answers="mean", passes=8, core="theirs")
 _as_theirs = dict(qk_norm=False, pass_adapter="lora", n_passes=8)
 _chains = dict(task="chains", n_steps=1000, n_facts=24)
@@ -115,6 +117,8 @@ GROUPS = {
         Trial("with all three, longer", model=_mla | _moe | _lora, n_steps=1700),
         Trial("facts at rest", rest=True, n_steps=2200),
         Trial("with all three, facts at rest", rest=True, model=_mla | _moe | _lora, n_steps=1700),
+        Trial("with all three, no wider", rest=True, model=_mla | _moe | _lora | _no_wider, n_steps=2000),
+        Trial("with one key head", model=_one_head, n_steps=2200),
     ),
     "parts": (
         Trial("LTI injection", model=dict(injection="lti")),
@@ -172,6 +176,7 @@ GROUPS = {
         Trial("as many weights, no loop", **_text, passes=1, model=dict(n_passes=1)),
         Trial("as much work, no loop", **_text, passes=1, model=dict(n_passes=1, n_core=4)),
         Trial("with MLA", **_text, model=dict(attention="mla", kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)),
+        Trial("with one key head", **_text, model=_one_head),
         Trial("with experts", **_text, model=dict(ffn="moe", expert_dim=128, n_routed_experts=8, n_experts_per_token=2)),
         Trial("with LoRA", **_text, model=dict(pass_adapter="lora")),
     ),
