@@ -8,6 +8,8 @@ import sys
 
 from . import __version__
 
+MOST = 10**15  # of steps, tokens and seeds
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command.
@@ -125,8 +127,8 @@ def _train(options):
         return _train_forest(options)
     if options.preset not in TRAINING:
         raise ValueError(f"there is no preset '{options.preset}' to train: choose one of {', '.join(TRAINING)}, forest")
-    _at_least(1, steps=options.steps)
-    _at_least(0, seed=options.seed)
+    _within(1, MOST, steps=options.steps)
+    _within(0, MOST, seed=options.seed)
     train_preset(
         options.preset,
         text=options.text,
@@ -137,10 +139,10 @@ def _train(options):
     )
 
 
-def _at_least(least, **values):
+def _within(least, most, **values):
     for name, value in values.items():
-        if value is not None and not least <= value < 2**62:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}, and below 2**62")
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"--{name} is {value}; it must be from {least} to {most:,}")
 
 
 def _train_forest(options):
@@ -159,8 +161,8 @@ def _train_forest(options):
         raise ValueError("--resume goes with a language model: the preset forest takes a minute, train it anew")
     if options.text is not None:
         raise ValueError("--text goes with a language model: the preset forest is trained on questions")
-    _at_least(1, steps=steps)
-    _at_least(0, seed=options.seed)
+    _within(1, MOST, steps=steps)
+    _within(0, MOST, seed=options.seed)
     can_write(out)
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -187,12 +189,10 @@ def _ask(options):
     from .thinking import strip_terminal, usual_passes, write_text
     from .training import choose_device, load
 
+    _within(1, 10_000, passes=options.passes)  # each takes memory
+    _within(0, MOST, tokens=options.tokens, seed=options.seed)
     model, tokenizer = load(options.folder)
-    _at_least(1, passes=options.passes)
-    _at_least(0, tokens=options.tokens, seed=options.seed)
     passes = usual_passes(model) if options.passes is None else options.passes
-    if passes > 10_000:
-        raise ValueError(f"--passes is {passes}; it must be at most 10,000: each takes memory")
     length, context = len(tokenizer.encode(options.prompt)), model.config.context_length
     if length > context:
         raise ValueError(f"the prompt has {length:,} tokens; it must have at most {context:,}, the context of this model")

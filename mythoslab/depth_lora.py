@@ -138,7 +138,8 @@ _ONE_THREAD = threading.RLock()
 class AdaptedBlock(nn.Module):
     """A block with a :class:`DepthLoRA` for each of its linear layers, merged into their weights at every pass.
 
-    The merged weights stand in the block while it runs, so threads take turns.
+    The merged weights stand in the block while it runs, so threads take turns. Let no other thread copy or save it meanwhile; and compiled
+    with a graph break inside, as experts have one, it serves one thread.
 
     Args:
         block: Any module with ``nn.Linear`` layers; it is used, not copied.
@@ -170,7 +171,7 @@ class AdaptedBlock(nn.Module):
 
     def run(self, pass_index: int, *arguments: object) -> Float[Tensor, "*batch dim"]:
         """The block on these arguments, with the weights of a pass."""
-        with nullcontext() if torch.compiler.is_compiling() else _ONE_THREAD:
+        with nullcontext() if torch.compiler.is_dynamo_compiling() else _ONE_THREAD:
             return torch.func.functional_call(self.block, self.weights(pass_index), arguments, tie_weights=False)
 
     def forward(self, x: Float[Tensor, "*batch dim"], pass_index: int) -> Float[Tensor, "*batch dim"]:

@@ -218,7 +218,7 @@ class Halt(NamedTuple):
 
     Args:
         weights: Share of each pass in the answer; sums to one over the passes, and is zero after the exit, except
-            in :func:`ponder`, whose passes after the exit have the chance that it came too early.
+            in :func:`ponder`, which keeps the whole distribution and only reads its exit at the median.
         exit_pass: Pass to stop after, counted from 1.
     """
 

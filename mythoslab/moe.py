@@ -195,12 +195,12 @@ def gather_experts(
             for expert in experts:
                 gate, up = F.linear(row, gate_up[expert]).chunk(2, -1)
                 answers.append(F.linear(F.silu(gate) * up, down[expert]))
-        answers = torch.cat(answers)
+        answers = torch.cat(answers) if answers else x.new_empty(0)
     else:
         pairs, rows = routing.experts.flatten(), x.repeat_interleave(n_choices, 0)  # (pair, dim)
         gate, up = (gate_up.index_select(0, pairs) @ rows.unsqueeze(2)).squeeze(2).chunk(2, -1)
         answers = down.index_select(0, pairs) @ (F.silu(gate) * up).unsqueeze(2)
-    answers = answers.view(len(x), n_choices, -1)
+    answers = answers.view(len(x), n_choices, down.shape[1])
     return (routing.weights.to(x.dtype).unsqueeze(1) @ answers).squeeze(1)
 
 
@@ -253,6 +253,9 @@ class SharedExperts(SwiGLU):
         self.gate, self.up = Projection(dim, hidden_dim), Projection(dim, hidden_dim)
         self.down = Projection(hidden_dim, dim)
 
+    def forward(self, x: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
 
 class MixtureOfExperts(nn.Module):
     """A feed-forward part of many experts, of which each token uses a few, beside some that all tokens use.
@@ -265,11 +268,12 @@ class MixtureOfExperts(nn.Module):
         n_shared_experts: Experts that serve every token; zero for none.
         scoring_func, n_group, topk_group, norm_topk_prob, routed_scaling_factor: As for :func:`route`.
         n_passes: Passes whose load is counted apart; later ones count with the last.
-        sequence_balance: Factor of :func:`sequence_balance_loss`, which training finds in ``balance_loss``, summed over
-            passes since the last :meth:`update_bias`, and adds to its loss; the source uses 0.0001, zero leaves it out.
+        sequence_balance: Factor of :func:`sequence_balance_loss`, which in training is in ``balance_loss``, summed over
+            passes since the last :meth:`update_bias`, to be added to a loss of your own; the source uses 0.0001, zero leaves it out.
 
     In a training loop of your own call :meth:`update_bias` after each step. Before that, ``balance_loss`` holds the graph of what ran: after
-    a backward pass that no step follows set it to zero. Under gradient checkpointing load and loss count twice.
+    a backward pass that no step follows set it to zero. Under gradient checkpointing the load counts twice; with ``use_reentrant=True``
+    ``balance_loss`` has no gradient.
 
     Shape:
         x (batch, position, dim), pass_index counted from 0 → (batch, position, dim)
@@ -369,7 +373,7 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             self._count(routing, pass_index)
         routing = Routing(*(part.flatten(0, 1) for part in routing))  # of (token,) in place of (batch, position)
-        run = gather_experts if 0 < routing.experts.numel() <= few_pairs(len(self.down), x.is_cpu) else sort_and_group
+        run = gather_experts if routing.experts.numel() <= few_pairs(len(self.down), x.is_cpu) else sort_and_group
         answer = run(x.flatten(0, 1), routing, self.gate_up, self.down).view_as(x)
         return answer if self.shared is None else answer + self.shared(x)
 
@@ -378,7 +382,7 @@ class MixtureOfExperts(nn.Module):
             served = routing.experts.flatten()
             row = self.load_by_pass.select(0, min(pass_index, len(self.load_by_pass) - 1))
             row.scatter_add_(0, served, torch.ones_like(served))  # whole numbers: bfloat16 could not count past 256
-        if self.sequence_balance > 0:
+        if self.sequence_balance > 0 and routing.experts.numel() > 0:
             self.balance_loss = self.balance_loss + self.sequence_balance * sequence_balance_loss(routing)
 
     @classmethod

@@ -526,8 +526,8 @@ def schedule(step: int, config: TrainConfig) -> float:
 # %% ../notebooks/09_training.ipynb #optimisers
 def bare(model: nn.Module) -> nn.Module:
     """The model itself, if ``torch.compile`` or a wrapper that spreads it over devices stands around it."""
-    for wrapper in ("_orig_mod", "module"):
-        model = getattr(model, wrapper, model)
+    while (inside := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+        model = inside
     return model
 
 
@@ -1095,7 +1095,8 @@ def train(
 ) -> list[Step]:
     """Train a model on a text, and on graded questions beside it, where it lies: on the CPU or a GPU.
 
-    The halting head is left as it is: :func:`train_halting` comes after. A bar shows loss, passes, speed and time left. With a folder, every step is a line of ``log.jsonl`` (and of TensorBoard, if it is
+    The halting head is left as it is: :func:`train_halting` comes after. Of a compiled or spread model the one inside is trained; to train
+    faster, compile its blocks in place. A bar shows loss, passes, speed and time left. With a folder, every step is a line of ``log.jsonl`` (and of TensorBoard, if it is
     installed), and checkpoints let an interrupted run go on as if nothing had happened.
 
     Args:
@@ -1130,6 +1131,7 @@ def _train(
     model: Mythos, data: Tensor, config: TrainConfig, words: Words | None, folder: Path | None, resume: bool
 ) -> list[Step]:
     require(isinstance(data, Tensor), "data", type(data).__name__, "a tensor of tokens")
+    model = bare(model)
     require(config.question_batch == 0 or words is not None, "words", words, "given, if there are questions")
     context, longest = model.config.context_length, config.longest_question if config.question_batch else 0
     require(longest <= context, "the longest text of questions", longest, f"at most context_length, {context}: take fewer n_facts")
@@ -1144,7 +1146,7 @@ def _train(
         state, tensors = load_checkpoint(folder)
         _same_run(folder, state, json.loads(json.dumps(run)))
         try:
-            restore(bare(model), optims, tensors)
+            restore(model, optims, tensors)
             draw.set_state(tensors["draw"])
             curriculum = Curriculum(**state["curriculum"])
             history = [Step(*values) for values in state["history"]]
@@ -1183,7 +1185,7 @@ def _train(
                 log(history[-1])
                 if folder is not None and (stop or len(history) == config.n_steps or len(history) % config.save_every == 0):
                     state = {**run, "curriculum": asdict(curriculum), "history": history}
-                    save_checkpoint(folder, len(history), bare(model), optims, state, draw.get_state())
+                    save_checkpoint(folder, len(history), model, optims, state, draw.get_state())
             except OSError as error:
                 problem = f"step {len(history)} cannot be written to {folder} ({error.strerror}): make room, then"
                 kept = any(folder.glob(STEPS))
@@ -1397,7 +1399,7 @@ def save(path: str | Path, model: nn.Module, tokenizer: Tokenizer, log: str | No
 
     Raises:
         ValueError: The folder holds other files than a checkpoint; or ``load`` could not read the model, whose vocabulary is not that
-            of the tokenizer, or whose weights are not those of its configuration, or not finite.
+            of the tokenizer, or whose weights are not those of its configuration, not finite, of several dtypes, or not tied as it says.
         OSError: The folder cannot be written.
     """
     can_save(path)
@@ -1405,8 +1407,8 @@ def save(path: str | Path, model: nn.Module, tokenizer: Tokenizer, log: str | No
     weights = {name: weight.cpu().contiguous() for name, weight in model.state_dict().items()}
     _fitting(model.config, tokenizer, weights)  # what load would refuse is not written
     if model.config.tie_embeddings:
-        tied = model.head.weight is model.embedding.weight
-        require(tied, "head.weight", "another tensor than embedding.weight", "the same: the configuration has tie_embeddings")
+        tied = torch.equal(weights["head.weight"], weights["embedding.weight"])
+        require(tied, "head.weight", "other numbers than embedding.weight", "the same: the configuration has tie_embeddings")
         del weights["head.weight"]  # it is the embedding
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:

@@ -75,13 +75,13 @@ def test_an_old_python_is_told_in_one_sentence(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (("train", "--preset", "forest", "--seed", "-1"), "--seed is -1; it must be at least 0, and below 2**62"),
-        (("train", "--preset", "forest", "--seed", str(2**64 - 1)), "below 2**62"),
-        (("train", "--preset", "forest", "--steps", "0"), "--steps is 0; it must be at least 1, and below 2**62"),
+        (("train", "--preset", "forest", "--seed", "-1"), "--seed is -1; it must be from 0 to 1,000,000,000,000,000"),
+        (("train", "--preset", "forest", "--seed", str(2**64 - 1)), "it must be from 0 to 1,000,000,000,000,000"),
+        (("train", "--preset", "forest", "--steps", "0"), "--steps is 0; it must be from 1 to"),
         (("train", "--preset", "tiny", "--out", ""), "the folder to save to is"),
         (("evidence", "--seeds", "1000000000"), "the number of seeds is 1000000000; it must be from 1 to 1,000"),
         (("workbook", ""), "there is no"),
-        (("ask", "Hi", "--from", str(DATA / "course"), "--passes", "1000000"), "--passes is 1000000; it must be at most 10,000"),
+        (("ask", "Hi", "--from", str(DATA / "course"), "--passes", "1000000"), "--passes is 1000000; it must be from 1 to 10,000"),
     ],
 )
 def test_arguments_out_of_range_are_refused_in_one_sentence(words, told, monkeypatch, tmp_path, capsys):

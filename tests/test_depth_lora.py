@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -154,9 +155,15 @@ def test_threads_take_turns_in_a_block_and_leave_its_weights_alone():
         with torch.no_grad():
             return [adapted(inputs[index], index) for _ in range(50)]
 
-    with ThreadPoolExecutor(4) as pool:
+    def slowly(module, inputs):
+        time.sleep(0.3)
+        return module.forward
+
+    with ThreadPoolExecutor(5) as pool:
+        compiling = pool.submit(torch.compile(lambda x: x + 1, backend=slowly), torch.zeros(2))
         for mine, found in zip(alone, pool.map(often, range(4))):
             assert all(torch.allclose(answer, mine, atol=1e-6) for answer in found)
+        assert torch.equal(compiling.result(), torch.ones(2))
     assert all(isinstance(weight, nn.Parameter) for weight in dict(adapted.block.named_parameters()).values())
     assert all(torch.equal(adapted.state_dict()[name], weight) for name, weight in before.items())
 

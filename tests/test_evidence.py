@@ -3,7 +3,8 @@
 import json
 import resource
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,38 @@ def test_a_mean_is_read_when_its_head_has_been_taught(monkeypatch):
     found = evidence.measure(trial, build(trial))
     assert calls[0] == "taught" and calls.count("taught") == 1 and set(calls) == {"taught", "read", "stopped"}
     assert found["resting"] and found["stopping"] and len(found["weights_of_passes"]) == 32
+
+
+def test_each_rung_after_the_fifth_takes_one_thing_from_their_update():
+    trials = {trial.name: trial for trial in GROUPS["failure"]}
+    state, inputs = torch.randn(2, 3, 5, 64)
+    names = ("+ last state", "+ no adapters", "+ passes alike", "+ block alone", "+ our update", "+ normed state")
+    for before, after in pairwise(names):
+        changed = {name for name, value in asdict(trials[after]).items() if value != asdict(trials[before])[name]} - {"name"}
+        assert changed == ({"model"} if after == "+ no adapters" else {"core"}), after
+    models = {name: build(trials[name]) for name in names}
+    block = models["+ no adapters"].core.blocks[0]
+    for name, model in models.items():
+        core = model.core
+        if name == "+ last state":
+            assert hasattr(core.blocks[0], "adapters") and not hasattr(block, "adapters")
+            continue
+        core.blocks[0].load_state_dict(block.state_dict())
+        alike = torch.equal(core.one_pass(state, inputs, 1), core.one_pass(state, inputs, 5))
+        assert alike == (name != "+ no adapters")
+
+    def normed(x):
+        return torch.nn.functional.rms_norm(x, (64,), eps=1e-6)
+
+    beside = torch.exp(torch.tensor(-1.0)) * state + 0.1 * inputs
+    by_hand = {
+        "+ passes alike": beside + block(normed(state + inputs)),
+        "+ block alone": block(normed(state + inputs)),
+        "+ our update": block(state + inputs),
+        "+ normed state": block(normed(state) + inputs),
+    }
+    for name, needed in by_hand.items():
+        assert torch.allclose(models[name].core.one_pass(state, inputs, 3), needed, atol=1e-5), name
 
 
 def test_a_mean_of_states_takes_each_until_the_head_stops():

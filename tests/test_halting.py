@@ -406,6 +406,14 @@ def exit_of(halt_prob, threshold):
     return number < leaves, number == leaves, torch.where(number < leaves, halt_prob, 0)
 
 
+def leaves_at_once(halt_prob, threshold=0.99):
+    """Where the threshold is never reached, argmax finds the first pass."""
+    exit_pass = (halt_prob.cumsum(0) >= threshold).int().argmax(0)
+    number = torch.arange(len(halt_prob)).view(-1, *[1] * (halt_prob.dim() - 1))
+    paid = torch.where(number < exit_pass, halt_prob, 0)
+    return torch.where(number == exit_pass, 1 - paid.sum(0), paid)
+
+
 def no_remainder(halt_prob, threshold=0.99):
     before, at, _ = exit_of(halt_prob, threshold)
     return torch.where(before | at, halt_prob, 0)
@@ -553,6 +561,7 @@ MISTAKES = [
     ("act_weights", late_remainder, "before the exit"),
     ("act_weights", up_to_the_threshold, "up to the threshold"),
     ("act_weights", last_pays_nothing, "never reaches the threshold"),
+    ("act_weights", leaves_at_once, "argmax is 0"),
     ("act_weights", multiplied, "halting distribution"),
     ("act_weights", divided, "scale the weights"),
     ("act_weights", lambda halt_prob, threshold=0.99: act_weights(halt_prob, threshold).float(), "hand back the dtype"),

@@ -162,8 +162,11 @@ def test_what_is_hung_on_a_shared_expert_has_its_effect():
 
 def test_no_tokens_are_no_answers():
     for n_experts in (6, 64):
-        part = experts(n_routed_experts=n_experts)
+        part = experts(n_routed_experts=n_experts, sequence_balance=0.1)
         assert part(torch.zeros(0, 5, 8)).shape == (0, 5, 8) and part(torch.zeros(2, 0, 8)).shape == (2, 0, 8)
+        assert part.balance_loss == 0.0 and part.load.sum() == 0
+        for way in WAYS:
+            assert way(torch.zeros(0, 8), part.route(torch.zeros(0, 8)), part.gate_up, part.down).shape == (0, 8)
 
 
 def test_a_copy_between_a_step_and_the_update_is_no_part_of_the_graph():

@@ -483,6 +483,7 @@ MISTAKES = {
             ("reached = parent\n", "parent = parent[:1].expand_as(parent)\n    reached = parent\n"),
         ),
         ("log2(n) rounds", ("(n_nodes - 1).bit_length()", "2")),
+        ("start its depth at 0", ("(parent != torch.arange(n_nodes, device=parent.device)).long()", "torch.ones_like(parent)")),
         ("not all arrive", ("(n_nodes - 1).bit_length()", "5")),
         (
             "not 1",

@@ -57,7 +57,8 @@ def test_verdicts_are_those_of_the_notebook():
     found = []
     for claim, questions, tests, text, _ in ([part.strip(" *") for part in row.strip("|").split("|")] for row in told):
         yes, no = (len(re.findall(rf": {answer}\b", tests)) for answer in ("yes", "no"))
-        found.append((f"{yes} of {yes + no}" if questions == "holds in part" else questions, text))
+        verdict = "" if questions == "holds in part" else f"{questions}, "
+        found.append((f"{verdict}{yes} of {yes + no}", text))
     rows = README.split("| claim | on questions | on text |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
     written = [tuple(part.strip() for part in row.strip("|").split("|")[1:]) for row in rows]
-    assert [(questions.replace(" tests", ""), text) for questions, text in written] == found
+    assert written == found

@@ -302,6 +302,13 @@ class RunsTheFirstOnly(Loop):
         return first(inputs, n_passes)
 
 
+class BeginsWithTheSecond(Loop):
+    def forward(self, inputs, n_passes):
+        turned = Loop([*self.blocks[1:], self.blocks[0]], inputs.shape[-1])
+        turned.norm = self.norm
+        return turned(inputs, n_passes)
+
+
 class ReturnsTheLast(Loop):
     def forward(self, inputs, n_passes):
         return super().forward(inputs, n_passes)[-1]
@@ -468,6 +475,7 @@ MISTAKES = [
     ("Loop", ShowsInputsOnce, "then forgotten"),
     ("Loop", NormsNothing, "not normed"),
     ("Loop", RunsTheFirstOnly, "first block only"),
+    ("Loop", BeginsWithTheSecond, "begins with the second block"),
     ("Loop", ReturnsTheLast, "first dimension"),
     ("Loop", CountsTheStart, "without the state at the start"),
     ("Loop", PlainList, "never trained"),

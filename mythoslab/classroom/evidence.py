@@ -66,7 +66,8 @@ class Trial:
         curriculum: Begin with one link, and go one further whenever nineteen of twenty are right.
         n_facts: Most facts of a list in training.
         core: ``"ours"``; ``"bare"``, that without a norm of the state; ``"stack"``, a block for every pass; ``"theirs"``, the update of
-            OpenMythos; ``"no index"``, that without the number of the pass; ``"theirs, normed"``, that with a norm of the state.
+            OpenMythos; ``"no index"``, that without the number of the pass; ``"theirs, normed"``, that with a norm of the state;
+            ``"block alone"``, that with nothing carried on beside the block, and without the number.
         head: Bias that the halting head begins with: 0 for one half, and far below it for a head that hardly stops anything.
         rest: Facts rest after two passes in training too, and from there on only questions are computed.
         seed: Of weights and questions.
@@ -117,7 +118,7 @@ GROUPS = {
         Trial("with all three, longer", model=_mla | _moe | _lora, n_steps=1700),
         Trial("facts at rest", rest=True, n_steps=2200),
         Trial("with all three, facts at rest", rest=True, model=_mla | _moe | _lora, n_steps=1700),
-        Trial("with all three, no wider", rest=True, model=_mla | _moe | _lora | _no_wider, n_steps=2000),
+        Trial("with all three, in two minutes", rest=True, model=_mla | _moe | _lora | _no_wider, n_facts=80, n_steps=1900),
         Trial("with one key head", model=_one_head, n_steps=2200),
     ),
     "parts": (
@@ -140,7 +141,9 @@ GROUPS = {
         Trial("theirs, last state", **_theirs | dict(answers="last"), model=_as_theirs),
         Trial("+ passes drawn", **_theirs | dict(passes=0), model=_as_theirs),
         Trial("+ last state", **_theirs | dict(passes=0, answers="last"), model=_as_theirs),
+        Trial("+ no adapters", **_theirs | dict(passes=0, answers="last"), model=dict(qk_norm=False)),
         Trial("+ passes alike", **_theirs | dict(passes=0, answers="last", core="no index"), model=dict(qk_norm=False)),
+        Trial("+ block alone", core="block alone", taught="answer", model=dict(qk_norm=False)),
         Trial("+ our update", core="bare", taught="answer", model=dict(qk_norm=False)),
         Trial("+ normed state", taught="answer", model=dict(qk_norm=False)),
         Trial("+ every pass taught", taught="answers", model=dict(qk_norm=False)),
@@ -214,6 +217,13 @@ class Stack(Core):
         return block(self.injection(self.norm(state), inputs), pass_index)
 
 
+def through(blocks: nn.ModuleList, x: Tensor, pass_index: int, shown: list[Shown] | None) -> Tensor:
+    """What the blocks of a pass make of this, one after the other."""
+    for block, memory in zip(blocks, shown or [None] * len(blocks)):
+        x = block(x, pass_index, memory)
+    return x
+
+
 class Theirs(Core):
     """The loop of OpenMythos: ``state ← decay ⊙ state + gain ⊙ inputs + block(norm(state + pass + inputs))``, without a norm of the state.
 
@@ -236,16 +246,21 @@ class Theirs(Core):
         if self.says_pass:
             angles = pass_index * self.frequency
             told = state + F.pad(torch.cat((angles.sin(), angles.cos())), (0, state.shape[-1] - 2 * len(angles)))
-        x = self.norm(told + inputs)
-        for block, memory in zip(self.blocks, shown or [None] * len(self.blocks)):
-            x = block(x, pass_index, memory)
-        return torch.exp(-self.log_rate.exp()) * state + self.gain * inputs + x
+        new = through(self.blocks, self.norm(told + inputs), pass_index, shown)
+        return torch.exp(-self.log_rate.exp()) * state + self.gain * inputs + new
 
 
 class TheirsWithoutIndex(Theirs):
     """The same without the number of the pass."""
 
     says_pass = False
+
+
+class BlockAlone(Core):
+    """Their loop with nothing carried on beside the block, and without the number of the pass: ``state ← block(norm(state + inputs))``."""
+
+    def one_pass(self, state, inputs, pass_index, shown=None):
+        return through(self.blocks, self.norm(state + inputs), pass_index, shown)
 
 
 class TheirsNormed(Theirs):
@@ -266,7 +281,8 @@ def build(trial: Trial) -> Mythos:
     model = Mythos(config)
     if trial.task == "facts":
         model.embedding = PackedFacts(config.dim)
-    cores = {"bare": Bare, "stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex, "theirs, normed": TheirsNormed}
+    cores = {"bare": Bare, "stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex}
+    cores |= {"theirs, normed": TheirsNormed, "block alone": BlockAlone}
     if trial.core in cores:
         model.core = cores[trial.core](config)
         initialise(model)

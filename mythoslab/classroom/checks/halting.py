@@ -129,6 +129,9 @@ def act_weights(act_weights):
             "A token that never reaches the threshold leaves after the last pass, which pays its remainder too.": torch.where(
                 at & (total >= threshold), 1 - paid.sum(0), torch.where(before | at, halt_prob, 0)
             ),
+            "A token that never reaches the threshold leaves after the last pass, and here after the first: where nothing holds, argmax is 0.": torch.where(
+                total[-1] >= threshold, expected, torch.where(number == 1, 1.0, 0.0)
+            ),
             "The remainder is what is missing before the exit: you have counted what the exit asks for as paid.": torch.where(
                 at, (1 - total).clamp(min=0), paid
             ),

@@ -74,6 +74,10 @@ def climb(climb):
             "so add that node's depth, not 1.",
         ),
         (
+            len(set(chain)) == 1,
+            "All nodes of a chain have one depth: a root points to itself, over no link, so start its depth at 0 and that of the others at 1.",
+        ),
+        (
             max(chain) > max(true_chain),
             "Some depths are too large: add the depth of the node you point to before you point further.",
         ),

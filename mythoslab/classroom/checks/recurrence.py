@@ -224,6 +224,9 @@ def loop(Loop):
             "You norm the sum: norm the state alone, then add the inputs.": run(lambda block, s: block(ours.norm(s + x))),
             "The inputs are added after the block: the block should read them.": run(lambda block, s: block(ours.norm(s)) + x),
             "The inputs are normed and the state is not: it is the state that grows.": run(lambda block, s: block(s + ours.norm(x))),
+            "The first pass should run blocks[0]: yours begins with the second block.": run(
+                lambda block, s: block(ours.norm(s) + x), order=(1, 0, 1, 0, 1)
+            ),
             "Pass r should run block r % len(blocks): yours runs the first block only.": run(
                 lambda block, s: block(ours.norm(s) + x), order=(0,) * 5
             ),
