@@ -127,7 +127,7 @@ def test_a_mean_is_read_when_its_head_has_been_taught(monkeypatch):
 def test_each_rung_after_the_fifth_takes_one_thing_from_their_update():
     trials = {trial.name: trial for trial in GROUPS["failure"]}
     state, inputs = torch.randn(2, 3, 5, 64)
-    names = ("+ last state", "+ no adapters", "+ passes alike", "+ block alone", "+ our update", "+ normed state")
+    names = ("+ last state", "+ no adapters", "+ passes alike", "+ state not carried", "+ block alone", "+ our update", "+ normed state")
     for before, after in pairwise(names):
         changed = {name for name, value in asdict(trials[after]).items() if value != asdict(trials[before])[name]} - {"name"}
         assert changed == ({"model"} if after == "+ no adapters" else {"core"}), after
@@ -148,6 +148,7 @@ def test_each_rung_after_the_fifth_takes_one_thing_from_their_update():
     beside = torch.exp(torch.tensor(-1.0)) * state + 0.1 * inputs
     by_hand = {
         "+ passes alike": beside + block(normed(state + inputs)),
+        "+ state not carried": 0.1 * inputs + block(normed(state + inputs)),
         "+ block alone": block(normed(state + inputs)),
         "+ our update": block(state + inputs),
         "+ normed state": block(normed(state) + inputs),

@@ -67,7 +67,8 @@ class Trial:
         n_facts: Most facts of a list in training.
         core: ``"ours"``; ``"bare"``, that without a norm of the state; ``"stack"``, a block for every pass; ``"theirs"``, the update of
             OpenMythos; ``"no index"``, that without the number of the pass; ``"theirs, normed"``, that with a norm of the state;
-            ``"block alone"``, that with nothing carried on beside the block, and without the number.
+            ``"state not carried"``, that without the number and without the decayed state beside the block; ``"block alone"``, without
+            the inputs beside it, too.
         head: Bias that the halting head begins with: 0 for one half, and far below it for a head that hardly stops anything.
         rest: Facts rest after two passes in training too, and from there on only questions are computed.
         seed: Of weights and questions.
@@ -143,6 +144,7 @@ GROUPS = {
         Trial("+ last state", **_theirs | dict(passes=0, answers="last"), model=_as_theirs),
         Trial("+ no adapters", **_theirs | dict(passes=0, answers="last"), model=dict(qk_norm=False)),
         Trial("+ passes alike", **_theirs | dict(passes=0, answers="last", core="no index"), model=dict(qk_norm=False)),
+        Trial("+ state not carried", core="state not carried", taught="answer", model=dict(qk_norm=False)),
         Trial("+ block alone", core="block alone", taught="answer", model=dict(qk_norm=False)),
         Trial("+ our update", core="bare", taught="answer", model=dict(qk_norm=False)),
         Trial("+ normed state", taught="answer", model=dict(qk_norm=False)),
@@ -246,14 +248,24 @@ class Theirs(Core):
         if self.says_pass:
             angles = pass_index * self.frequency
             told = state + F.pad(torch.cat((angles.sin(), angles.cos())), (0, state.shape[-1] - 2 * len(angles)))
-        new = through(self.blocks, self.norm(told + inputs), pass_index, shown)
-        return torch.exp(-self.log_rate.exp()) * state + self.gain * inputs + new
+        return self.beside(state, inputs) + through(self.blocks, self.norm(told + inputs), pass_index, shown)
+
+    def beside(self, state, inputs):
+        """What is carried on beside the blocks."""
+        return torch.exp(-self.log_rate.exp()) * state + self.gain * inputs
 
 
 class TheirsWithoutIndex(Theirs):
     """The same without the number of the pass."""
 
     says_pass = False
+
+
+class StateNotCarried(TheirsWithoutIndex):
+    """That, with only the inputs beside the blocks: ``state ← gain ⊙ inputs + block(norm(state + inputs))``."""
+
+    def beside(self, state, inputs):
+        return self.gain * inputs
 
 
 class BlockAlone(Core):
@@ -282,7 +294,7 @@ def build(trial: Trial) -> Mythos:
     if trial.task == "facts":
         model.embedding = PackedFacts(config.dim)
     cores = {"bare": Bare, "stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex}
-    cores |= {"theirs, normed": TheirsNormed, "block alone": BlockAlone}
+    cores |= {"theirs, normed": TheirsNormed, "state not carried": StateNotCarried, "block alone": BlockAlone}
     if trial.core in cores:
         model.core = cores[trial.core](config)
         initialise(model)
