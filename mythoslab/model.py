@@ -72,7 +72,8 @@ class MythosConfig:
         qk_norm: Norm queries and keys of ``"mha"`` and ``"gqa"``, and learn how sharply each head looks.
         q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: Of ``"mla"``; ``q_lora_rank`` 0 for
             none.
-        ffn: Of the core: ``"dense"`` or ``"moe"``; prelude and coda are dense. Training calls ``update_bias`` of all experts after each step.
+        ffn: Of the core: ``"dense"`` or ``"moe"``; prelude and coda are dense. A training loop of
+            your own has to call ``update_bias`` of all experts after each step, as :func:`mythoslab.training.train` does.
         expert_dim, n_routed_experts, n_experts_per_token, n_shared_experts: Of ``"moe"``; the weights of several chosen experts sum
             to one, that of a single one is its score.
         injection: How a pass gets its inputs: ``"add"`` them, ``"lti"``, a free ``"linear"`` layer over both, or
@@ -537,8 +538,8 @@ class Core(nn.Module):
         Args:
             n_passes: Of all tokens, or of each, ≥ 1.
             shown: A memory for each block, if there are earlier tokens; made here if there are none, and tokens stop early.
-            n_backward: Passes that gradients go through, counted from the end of the longest; all by default, or if there are no more than that.
-                A token that stopped before them teaches the core nothing.
+            n_backward: Passes that gradients go through, counted from the end of the longest; all by default,
+                or if there are no more than that. A token that stopped before them teaches the core nothing.
         """
         each = n_passes if isinstance(n_passes, Tensor) else None
         if each is not None:
@@ -834,7 +835,8 @@ def count_parameters(config: MythosConfig, *, active: bool = False) -> int:
     """Number of weights of a model, from its configuration alone; passes cost none, save what adapts to them.
 
     Args:
-        active: Count only what a token uses that takes one pass: of experts and adapters those that serve it; the embedding and the output matrix in full.
+        active: Count only what a token uses that takes one pass: of experts and adapters those that serve it;
+            the embedding and the output matrix in full.
     """
     dim, n_adapters = config.dim, 1 if active else config.n_passes
 

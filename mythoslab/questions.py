@@ -286,14 +286,14 @@ def split(documents: Sequence[str] | str, held_out_share: float = 0.05) -> tuple
     Source: overlap filter as in Brown et al. 2020 (GPT-3), appendix C, with characters for words.
     """
     require(0 < held_out_share < 1, "held_out_share", held_out_share, "between 0 and 1")
-    joint = "\n\n\n"
+    joint, kind = "\n\n\n", "documents"
     if isinstance(documents, str):
-        joint, text, documents = "\n\n", documents, _paragraphs(documents)
+        joint, kind, text, documents = "\n\n", "paragraphs or lines", documents, _paragraphs(documents)
         if len(documents) < 2:
             joint, documents = "\n", [line for line in text.split("\n") if line.strip()]
     else:
         documents = without_repeats(documents)
-    n_different, kind = len(set(documents)), "documents" if joint == "\n\n\n" else "paragraphs or lines"
+    n_different = len(set(documents))
     require(n_different > 1, f"the number of different {kind}", n_different, "at least 2")
     hashes = [int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256 for text in documents]
     limit = max(held_out_share, min(hashes))

@@ -179,7 +179,8 @@ class Loop(nn.Module):
     """Run blocks on a state, pass after pass, with the inputs added anew to the normed state each time.
 
     ``state ← block(norm(state) + inputs)``. The first pass runs ``blocks[0]``, the next ``blocks[1]``, and after
-    the last block the first again: one block is a recurrence, and as many blocks as passes are a stack that is shown its inputs at every level.
+    the last block the first again: one block is a recurrence, and as many blocks as passes are a stack that is shown its
+    inputs at every level.
 
     Args:
         blocks: Modules that keep the shape of the state.

@@ -114,7 +114,8 @@ def inject_beside_block(
     """One pass with the block beside the injection: ``injection(state, inputs) + block(state + inputs)``.
 
     A residual block, ``x + f(x)``, hands the state back whole, so that the factor is ``decay + 1``, and no decay bounds that, not even
-    if ``f`` norms what it reads. (With a norm before the residual path branches off, ``block(norm(state + inputs))``, the factor would be ``decay`` alone.)
+    if ``f`` norms what it reads. (With a norm before the residual path branches off, ``block(norm(state + inputs))``, the factor
+    would be ``decay`` alone.)
 
     Source: OpenMythos (Gomez 2026), ``A · h + B · e + transformer(norm(h + e))``, here without its norm of the sum.
     """

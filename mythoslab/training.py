@@ -118,7 +118,8 @@ def held_out_bits(
 
     The text is read in windows of one context that move on by half of it, so that a token has at least half
     a context before it, save at the beginning. A window predicts a token for each that it has, the last of them the one behind it,
-    and only those count that no window before has predicted. The last window is moved back, to end with the text. On a CUDA GPU it computes in bfloat16. The first token, which has none at all, counts as one of
+    and only those count that no window before has predicted. The last window is moved back, to end with the text. On a CUDA
+    GPU it computes in bfloat16. The first token, which has no context at all, counts as one of
     ``vocab_size`` equals.
 
     Args:
@@ -1095,8 +1096,9 @@ def train(
 ) -> list[Step]:
     """Train a model on a text, and on graded questions beside it, where it lies: on the CPU or a GPU.
 
-    The halting head is left as it is: :func:`train_halting` comes after. Of a compiled or spread model the one inside is trained; to train
-    faster, compile its blocks in place. A bar shows loss, passes, speed and time left. With a folder, every step is a line of ``log.jsonl`` (and of TensorBoard, if it is
+    The halting head is left as it is: :func:`train_halting` comes after. Of a model that ``torch.compile`` or
+    ``DataParallel`` wraps the one inside is trained; to train faster, compile its blocks in place. A bar shows loss,
+    passes, speed and time left. With a folder, every step is a line of ``log.jsonl`` (and of TensorBoard, if it is
     installed), and checkpoints let an interrupted run go on as if nothing had happened.
 
     Args:
@@ -1395,7 +1397,8 @@ def can_save(path: str | Path) -> None:
 def save(path: str | Path, model: nn.Module, tokenizer: Tokenizer, log: str | None = None) -> None:
     """Write weights, configuration and tokenizer to a folder, with the log of the run if there is one: whole, or not at all.
 
-    A model that lies there is replaced, with all that was written about it. Of a compiled or spread model the one inside is saved.
+    A model that lies there is replaced, with all that was written about it. Of a wrapped
+    model the one inside is saved.
 
     Raises:
         ValueError: The folder holds other files than a checkpoint; or ``load`` could not read the model, whose vocabulary is not that

@@ -440,8 +440,8 @@ class AtRest(Shown):
 def think_on(model: Mythos, tokens: Tensor, n_passes: int, n_asked: int) -> Tensor:
     """The states of the last ``n_asked`` tokens after every pass, with all others at rest after two: (pass, batch, asked, dim).
 
-    The same numbers as :meth:`Mythos.think` gives if told ``batch.passes_at_rest(n_passes)``, and computes every pass of all; but
-    experts count no load of what rests. With gradients, unlike :func:`think`.
+    The same numbers as those of :meth:`Mythos.think`, told ``batch.passes_at_rest(n_passes)``; but that computes every pass of all tokens,
+    and here experts count no load of what rests. With gradients, unlike :func:`think`.
     """
     inputs, shown = model.inputs(tokens, None), [Shown() for _ in model.core.blocks]
     n_told = tokens.shape[1] - n_asked
