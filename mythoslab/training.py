@@ -1164,7 +1164,7 @@ def _train(
         can_begin(folder)  # now that nobody else can
         clear_run(folder)
     start = time.perf_counter() - (history[-1].seconds if history else 0.0)
-    progress = tqdm(desc="training", unit="step", initial=len(history), total=config.n_steps, leave=False)
+    progress = tqdm(desc="training", unit="step", initial=len(history), total=config.n_steps, leave=False, mininterval=1)
     logging = nullcontext(lambda step: None) if folder is None else open_log(folder, history)
     model.train()
     with stopping_politely() as stopped, progress, logging as log:
@@ -1291,7 +1291,7 @@ def train_halting(
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, config.halting_steps)
     device, losses = model.embedding.weight.device, []
     hard = Curriculum(config.max_depth, depth=config.max_depth, root_share=0.12)
-    for _ in tqdm(range(config.halting_steps), desc="halting", unit="step", leave=False):
+    for _ in tqdm(range(config.halting_steps), desc="halting", unit="step", leave=False, mininterval=1):
         batches = []
         if text is not None:
             batches.append((next(text)[0], None))

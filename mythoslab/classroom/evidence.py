@@ -390,7 +390,7 @@ def learn(trial: Trial, model: Mythos) -> dict[int, float]:
     def number(low, high):
         return int(torch.randint(low, high + 1, (), generator=draw))
 
-    for step in tqdm(range(trial.n_steps), desc=f"{trial.task}, {trial.name}, seed {trial.seed}", leave=False):
+    for step in tqdm(range(trial.n_steps), desc=f"{trial.task}, {trial.name}, seed {trial.seed}", leave=False, mininterval=1):
         for group in (group for optimiser in optims for group in optimiser.param_groups):
             group["lr"] = plan.learning_rate * schedule(step, plan)
         right: list[Tensor] = []
@@ -476,7 +476,7 @@ def learn_halting(trial: Trial, model: Mythos, n_steps: int = 300, n_passes: int
     draw = torch.Generator().manual_seed(trial.seed + 2)
     optimiser = torch.optim.AdamW(model.halting.parameters(), lr=1e-2)
     fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, n_steps)
-    for step in tqdm(range(n_steps), desc=f"{trial.task}, {trial.name}, halting", leave=False):
+    for step in tqdm(range(n_steps), desc=f"{trial.task}, {trial.name}, halting", leave=False, mininterval=1):
         n_facts = None if step % 2 else int(torch.randint(8, trial.n_facts + 1, (), generator=draw))
         batch = questions(trial, 24, max_depth=DEPTH, n_facts=n_facts, generator=draw)
         each = batch.passes_at_rest(n_passes) if trial.rest else n_passes
