@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .depth_lora import AdaptedBlock, PassEmbedding
 from .mla import GroupedQueryAttention, LatentCache, MultiHeadLatentAttention, Projection
 from .mla import causal_attention, rotate_each, seen_from
-from .moe import MixtureOfExperts, SharedExperts
+from .moe import FeedForward, MixtureOfExperts
 from .questions import require
 from .recurrence import RMSNorm, rotary_angles
 from .stability import LTIInjection
@@ -333,7 +333,9 @@ class KeyValueAttention(GroupedQueryAttention):
         self.k_proj, self.v_proj = Projection(dim, narrow), Projection(dim, narrow)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.sharpness = nn.Parameter(torch.ones(n_heads, 1, 1)) if qk_norm else None  # of each head, as a logarithm
+        self.sharpness = nn.Parameter(torch.ones(n_heads, 1, 1)) if qk_norm else None  # of each head, as a logarithm; to start at e, not at 1, is a choice that nothing was compared with
+
+    keys_and_values = None  # what notebook 06 asks for goes straight to the memory here
 
     @property
     def width(self) -> int:
@@ -421,7 +423,7 @@ class MythosBlock(nn.Module):
             counted = {name: getattr(config, name) for name in counts}
             self.ffn = MixtureOfExperts(config.dim, config.expert_dim, norm_topk_prob=several, **counted)
         else:
-            self.ffn = SharedExperts(config.dim, config.hidden_dim)  # all tokens share it
+            self.ffn = FeedForward(config.dim, config.hidden_dim)
 
     def forward(
         self, x: Float[Tensor, "batch position dim"], pass_index: int = 0, memory: "Shown | None" = None
@@ -545,7 +547,7 @@ class Core(nn.Module):
         if each is not None:
             shape = tuple(inputs.shape[:2])
             require(tuple(each.shape) == shape, "the shape of n_passes", tuple(each.shape), f"that of the tokens, {shape}")
-            require(not each.is_floating_point(), "the dtype of n_passes", each.dtype, "one of whole numbers")
+            require(not each.is_floating_point() and each.dtype != torch.bool, "the dtype of n_passes", each.dtype, "one of whole numbers")
         fewest, n_passes = (n_passes, n_passes) if each is None else map(int, each.aminmax())
         require(is_whole(fewest) and fewest >= 1, "n_passes", fewest, "a whole number of at least 1")
         whole = n_backward is None or is_whole(n_backward) and n_backward >= 1
@@ -622,9 +624,9 @@ def initialise(model: nn.Module) -> None:
 
     Every matrix starts with deviation ``1/√(channels in)``, and those of a block that add to the stream smaller by
     √(2 · depth), where depth counts every block as often as it runs (and twice without an injection). Embeddings start at
-    0.02, and smaller in models wider than 128: they are normed when read (up to the norm's ``eps``), and a new model then
-    gives all tokens but the one just read nearly the same chance. Where reading and writing share a matrix, that one has about
-    ten times as much, still next to nothing. Norms, injection, adapters and the halting head keep the start of their own.
+    0.02, and smaller in models wider than 128: they are normed when read, and a new model then gives all tokens but the one just
+    read nearly the same chance. Where reading and writing share a matrix, the one just read has about ten times the chance of
+    another at 1,024 channels, and less in wider models, whose embeddings are so small that the norm's ``eps`` counts. Norms, injection, adapters and the halting head keep the start of their own.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3, with passes counted as depth.
     """
@@ -792,9 +794,12 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         """A model that was saved or pushed, as by :class:`PyTorchModelHubMixin`.
 
         Raises:
-            ValueError: Its configuration or its weights are missing, damaged or not of this kind of model.
+            ValueError: There is no such folder, or its configuration or its weights are missing, damaged or not of this kind of model.
         """
-        file = Path(pretrained_model_name_or_path) / "config.json"
+        folder = Path(pretrained_model_name_or_path)
+        named = len(folder.parts) <= 2 and not str(pretrained_model_name_or_path).startswith((".", "/", "~"))
+        require(folder.is_dir() or named, "the folder", str(folder), "one that is there, or the name of a model on the hub")
+        file = folder / "config.json"
         if file.is_file():  # says what is wrong with it, before the library tries
             MythosConfig.from_json(file.read_text(encoding="utf-8"))
         return super().from_pretrained(pretrained_model_name_or_path, **kind)
@@ -803,7 +808,9 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kind) -> "Mythos":
         folder = Path(model_id)
         if folder.is_dir() and not (folder / "model.safetensors").is_file():
-            cls._load_as_pickle()
+            if any(folder.glob("*.bin")):
+                cls._load_as_pickle()
+            raise ValueError(f"there is no model.safetensors in {folder}")
         require("config" in kind, "config.json", "missing", "there: it says what the weights belong to")
         asked = {name: kind.get(name) for name in ("revision", "cache_dir", "token", "local_files_only")}
         file = folder / "config.json" if folder.is_dir() else Path(hf_hub_download(model_id, "config.json", **asked))

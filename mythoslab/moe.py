@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHOLE_ROWS', 'Routing', 'route', 'loop_over_experts', 'grouped_product', 'sort_and_group', 'gather_experts',
-           'few_pairs', 'balance_bias', 'sequence_balance_loss', 'SharedExperts', 'MixtureOfExperts']
+           'few_pairs', 'balance_bias', 'sequence_balance_loss', 'FeedForward', 'MixtureOfExperts']
 
 # %% ../notebooks/07_moe.ipynb #imports
 import math
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .mla import MANY_ROWS, Projection, learns_by_one_dnn, one_dnn, published
 from .questions import require
-from .recurrence import SwiGLU
 
 # %% ../notebooks/07_moe.ipynb #route
 class Routing(NamedTuple):
@@ -205,7 +204,7 @@ def gather_experts(
 
 
 def few_pairs(n_experts: int, on_cpu: bool = True) -> int:
-    """Pairs of a token and an expert up to which :func:`gather_experts` runs: about where the two cross on a CPU.
+    """Pairs of a token and an expert up to which :func:`gather_experts` runs: fewer than where the two cross on a CPU.
 
     There a grouped product visits every expert, so with many experts gathering pays for longer; elsewhere it copies weights.
     """
@@ -230,8 +229,8 @@ def balance_bias(bias: Float[Tensor, "expert"], load: Float[Tensor, "expert"], r
 
 # %% ../notebooks/07_moe.ipynb #sequence-balance-loss
 def sequence_balance_loss(routing: Routing) -> Float[Tensor, ""]:
-    """Imbalance within each sequence, mean over sequences: one where loads or mean scores are level, and more, the more
-    the busy experts are also those with high scores.
+    """Imbalance within each sequence, mean over sequences: one where loads or mean scores are level, more where the busy
+    experts have high scores, and less where a bias sends tokens to experts with low ones.
 
     Args:
         routing: Of tokens (batch, position).
@@ -245,11 +244,11 @@ def sequence_balance_loss(routing: Routing) -> Float[Tensor, ""]:
     return (relative_load * share.mean(1)).sum(-1).mean()
 
 # %% ../notebooks/07_moe.ipynb #mixture-of-experts
-class SharedExperts(SwiGLU):
-    """Experts that serve every token, side by side in one wider SwiGLU."""
+class FeedForward(nn.Module):
+    """The SwiGLU of notebook 02, made of the projections of 06. As a part of all tokens it holds the shared experts, side by side."""
 
     def __init__(self, dim: int, hidden_dim: int):
-        nn.Module.__init__(self)  # the layers of notebook 06 in place of those of 02
+        super().__init__()
         self.gate, self.up = Projection(dim, hidden_dim), Projection(dim, hidden_dim)
         self.down = Projection(hidden_dim, dim)
 
@@ -272,8 +271,8 @@ class MixtureOfExperts(nn.Module):
             passes since the last :meth:`update_bias`, to be added to a loss of your own; the source uses 0.0001, zero leaves it out.
 
     In a training loop of your own call :meth:`update_bias` after each step. Before that, ``balance_loss`` holds the graph of what ran: after
-    a backward pass that no step follows set it to zero. Under gradient checkpointing the load counts twice; with ``use_reentrant=True``
-    ``balance_loss`` has no gradient.
+    a backward pass that no step follows set it to zero. Under gradient checkpointing the load counts twice, and so does ``balance_loss``
+    once the backward pass has run; with ``use_reentrant=True`` it has no gradient.
 
     Shape:
         x (batch, position, dim), pass_index counted from 0 → (batch, position, dim)
@@ -322,7 +321,7 @@ class MixtureOfExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(n_routed_experts, dim, expert_dim))
         nn.init.uniform_(self.gate_up, -(dim**-0.5), dim**-0.5)  # as nn.Linear starts
         nn.init.uniform_(self.down, -(expert_dim**-0.5), expert_dim**-0.5)
-        self.shared = SharedExperts(dim, n_shared_experts * expert_dim) if n_shared_experts else None
+        self.shared = FeedForward(dim, n_shared_experts * expert_dim) if n_shared_experts else None
         self.register_buffer("bias", torch.zeros(n_routed_experts, dtype=torch.float32))
         self.register_buffer("load_by_pass", torch.zeros(n_passes, n_routed_experts, dtype=torch.int64), persistent=False)
 
@@ -338,7 +337,10 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def load(self) -> Float[Tensor, "expert"]:
-        """Tokens that each expert has served in training since the last :meth:`update_bias`, all passes together."""
+        """Tokens that each expert has served in training since the last :meth:`update_bias`, all passes together.
+
+        A token that has stopped, but is computed along with others, counts.
+        """
         return self.load_by_pass.sum(0).float()
 
     @torch.no_grad()
@@ -393,6 +395,8 @@ class MixtureOfExperts(nn.Module):
             config: Of the model: a dict, as in its config.json, or an object with the same names.
             state_dict: Weights of the layer under their published names, with or without what stands before them, and with
                 experts one by one or stacked, as the transformers library has them.
+
+        V2's ``norm_topk_prob`` is ignored, as the transformers library does.
 
         Raises:
             ValueError: The config lacks a size, or the weights are not exactly those of one layer that it describes.

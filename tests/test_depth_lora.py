@@ -453,6 +453,26 @@ class Loud(DepthLoRA):
         nn.init.normal_(self.lora_a)
 
 
+class RowsAlike(DepthLoRA):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        with torch.no_grad():
+            self.lora_a.copy_(self.lora_a[:, :1].expand_as(self.lora_a).clone())
+
+
+class FarFromZero(DepthLoRA):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        with torch.no_grad():
+            self.lora_a.add_(self.lora_a.shape[-1] ** -0.5)
+
+
+class AsKaiming(DepthLoRA):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        nn.init.kaiming_uniform_(self.lora_a[0], a=5**0.5)
+
+
 class RankOfOutputs(nn.Module):
     def __new__(cls, in_features, out_features, rank, n_passes, beyond="hold"):
         return DepthLoRA(in_features, out_features, min(rank, in_features) if rank <= out_features else rank, n_passes, beyond)
@@ -571,6 +591,12 @@ class KeepsItsRule(DepthLoRA):
         return answer
 
 
+def as_it_comes(matrix, rank):
+    if matrix.dtype == torch.bfloat16:
+        torch.linalg.svd(matrix)  # which is what fails
+    return low_rank(matrix, rank)
+
+
 def first_of_all(matrix, rank):
     lora_b, lora_a = low_rank(matrix, rank)
     return (lora_b, lora_a) if matrix.dim() == 2 else (lora_b[:1].expand_as(lora_b), lora_a[:1].expand_as(lora_a))
@@ -606,6 +632,10 @@ MISTAKES = [
     ("DepthLoRA", NothingBeyond, "pass_index n_passes: hold"),
     ("DepthLoRA", FromTheEnd, "not count from the end"),
     ("DepthLoRA", Loud, "about as large as x"),
+    ("DepthLoRA", AsKaiming, "about as large as x"),
+    ("DepthLoRA", FarFromZero, "around zero"),
+    ("DepthLoRA", RowsAlike, "not independent at the start"),
+    ("low_rank", as_it_comes, "factors in bfloat16"),
     ("low_rank", keeps_the_smallest, "smallest singular values"),
     ("low_rank", loses_the_values, "singular values are lost"),
     ("low_rank", counts_them_twice, "count twice"),

@@ -538,6 +538,36 @@ class TakesInTurn(LatentCache):
             self.memory[:, place] = self.memory[:, row]
 
 
+class TakesInPlace(LatentCache):
+    def take(self, rows):
+        if not all(0 <= row < self.memory.shape[1] for row in rows):
+            raise ValueError("there is no such row")
+        self.memory[:] = self.memory[:, rows]
+
+
+class CountsFromTheEnd(LatentCache):
+    def take(self, rows):
+        super().take([row % self.memory.shape[1] if row < 0 else row for row in rows])
+
+
+class GoesBack(LatentCache):
+    def advance(self, n_positions):
+        if n_positions < 0:
+            self.length += n_positions
+        else:
+            super().advance(n_positions)
+
+
+class CropsBelowZero(LatentCache):
+    def crop(self, length):
+        super().crop(max(0, length))
+
+
+def head_by_head(query, kept, up, scale):
+    heads = [expanded_attention(query[:, head : head + 1], kept, up[head : head + 1], scale) for head in range(len(up))]
+    return torch.cat(heads, 1)
+
+
 def in_halves(query, kept, up, scale):
     return written_out()(query, kept, torch.cat(up.chunk(2, 1), 1), scale) if up.shape[1] % 2 == 0 else query[..., : up.shape[1] // 2]
 
@@ -577,6 +607,10 @@ MISTAKES = [
     ("absorbed_attention", in_halves, "need not be as wide"),
     ("LatentCache", AdvancesAnywhere, "Advancing by three"),
     ("LatentCache", AnySize, "batch of zero"),
+    ("LatentCache", TakesInPlace, "take([0])"),
+    ("LatentCache", CountsFromTheEnd, "Taking sequence -1 of two"),
+    ("LatentCache", GoesBack, "crop goes back"),
+    ("LatentCache", CropsBelowZero, "Cropping to −1"),
     ("LatentCache", Rounds, "rounded without a word"),
     ("LatentCache", Spreads, "spread over the batch"),
     *(
@@ -594,6 +628,7 @@ MISTAKES = [
     ),
     ("absorbed_attention", latents_out, "should have the shape"),
     ("absorbed_attention", lambda *arguments: expanded_attention(*arguments), "on the way"),
+    ("absorbed_attention", head_by_head, "on the way"),
 ]
 
 PARTS = [GroupedQueryAttention, LatentCache, expanded_attention, absorbed_attention]

@@ -1029,6 +1029,12 @@ def test_what_is_missing_or_does_not_belong_together_is_named(tmp_path, offline)
     config.unlink()
     with pytest.raises(ValueError, match="config.json is 'missing'"):
         Mythos.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"there is no model.safetensors in {tmp_path}"):
+        Mythos.from_pretrained(tmp_path)
+    for gone in (tmp_path / "gone", "a/b/gone"):
+        with pytest.raises(ValueError, match=f"the folder is '{gone}'; it must be one that is there, or the name of a model on the hub"):
+            Mythos.from_pretrained(gone)
 
 
 # How it writes.
@@ -1064,6 +1070,7 @@ for call in (
     lambda: model(tokens, 2.5),
     lambda: model(tokens, torch.tensor([1, 2, 2])),
     lambda: model(tokens, torch.full((3, 3), 2.7)),
+    lambda: model(tokens, torch.full((3, 3), True)),
     lambda: model.think(tokens, 2, n_backward=1.5),
     lambda: generate(model, tokens, 1),
     lambda: generate(model, tokens[0], 2.5),
@@ -1086,6 +1093,7 @@ def test_the_wrong_kind_of_number_is_named():
         "n_passes is 2.5; it must be a whole number of at least 1",
         "the shape of n_passes is (3,); it must be that of the tokens, (3, 3)",
         "the dtype of n_passes is torch.float32; it must be one of whole numbers",
+        "the dtype of n_passes is torch.bool; it must be one of whole numbers",
         "n_backward is 1.5; it must be a whole number of at least 1, or None for all",
         "the shape of tokens is (3, 3); it must be that of one prompt, (position,)",
         "n_new is 2.5; it must be a whole number of at least 0",
@@ -1248,7 +1256,7 @@ def test_it_writes_as_it_is_asked_to():
 class WrongCore(Core):
     """The core, with whatever a subclass changes."""
 
-    norms = injects = freezes = tells = keeps = asks = True
+    norms = injects = freezes = tells = tells_all = keeps = asks = True
     n_blocks, shift, hands_memory = None, 0, True
     n_kept, late, refuses = None, 0, 0
 
@@ -1279,6 +1287,7 @@ class WrongCore(Core):
             raise ValueError("no pass")
         if n_backward == self.refuses:
             raise ValueError("no such passes")
+        tells = self.tells and (self.tells_all or shown is None)
         if each is not None and shown is None:
             shown = [Shown() for _ in self.blocks]
         state, states = self.start(inputs), []
@@ -1287,7 +1296,7 @@ class WrongCore(Core):
             with torch.set_grad_enabled(learns and (torch.is_grad_enabled() or not self.asks)):
                 thinking = None if each is None else self.thinks(each, pass_index)
                 for memory in shown or []:
-                    memory.thinking = thinking if self.tells else None
+                    memory.thinking = thinking if tells else None
                 new = self.one_pass(state, inputs, pass_index, shown)
                 state = new if thinking is None or not self.freezes else torch.where(thinking.unsqueeze(-1), new, state)
             states.append(state)
@@ -1365,6 +1374,7 @@ CORES = [
     (core_with(thinks=lambda self, each, pass_index: each >= pass_index), "stops one pass late"),
     (core_with(thinks=lambda self, each, pass_index: (each[:, :1] > pass_index).expand_as(each)), "Only one token decides"),
     (core_with(tells=False), "write anew"),
+    (core_with(tells_all=False), "Memories that are handed in"),
     (core_with(freezes=False), "go on changing"),
     (core_with(hands_memory=False), "write anew"),
     (core_with(keeps=False), "call keep_showing"),
@@ -1422,6 +1432,10 @@ COUNTS = [
     (counts(lambda c: replace(c, pass_adapter="none") if c.pass_adapter == "lora" else c), "rank · (out + in)"),
     (counts(lambda c: replace(c, token_shift=False)), "token shift is counted wrong"),
     (counts(lambda c: replace(c, halting="none")), "halting head is counted wrong"),
+    (counts(lambda c: 16_512 if c.has_head else 0), "halting head is counted wrong"),
+    (counts(lambda c: (c.dim + c.n_heads - 2 * c.dim // c.n_heads - c.n_heads) * n_blocks(c) if c.qk_norm and c.attention != "mla" else 0), "qk_norm is counted wrong"),
+    (counts(lambda c: -c.n_passes * c.lora_rank * (c.dim + c.n_routed_experts) if (c.ffn, c.pass_adapter) == ("moe", "lora") else 0), "the router, too"),
+    (lambda config, *, active=False: count_parameters(config, active=active and config.pass_adapter != "embedding"), 'pass_adapter="embedding"'),
     (counts(lambda c: replace(c, halting="act") if c.halting == "converge" else c), "ask config.has_head"),
     (lambda config, *, active=False: count_parameters(config), "active=True"),
     (lambda config, *, active=False: count_parameters(config, active=active and config.pass_adapter == "none"), "adapters of one pass"),

@@ -381,7 +381,39 @@ def best_two_of_softmax(logits, bias, n_chosen, options):
     return Routing(chosen, scores.gather(-1, chosen), scores)
 
 
+def count_of_group(logits, bias, n_chosen, options, count):
+    """Groups with sigmoid scores count by this."""
+    if options.get("scoring_func") == "softmax" or "n_group" not in options:
+        return route(logits, bias, n_chosen, **options)
+    route(logits, bias, n_chosen, **options)  # for what it refuses
+    groups = (logits.sigmoid() + bias).unflatten(-1, (options["n_group"], -1))
+    best = count(groups).topk(options["topk_group"], -1).indices
+    opened = torch.zeros(groups.shape[:-1]).scatter(-1, best, 1.0).bool().unsqueeze(-1)
+    chosen = groups.masked_fill(~opened, -torch.inf).flatten(-2).topk(n_chosen, -1).indices
+    return again(Routing(None, None, logits.sigmoid()), bias, experts=chosen)
+
+
+def over_dimension_one(logits, routing):
+    if logits.dim() < 2:
+        raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
+    return routing
+
+
+def beyond_reach(logits, bias, n_experts_per_token, **options):
+    """Experts of closed groups, too, where the open ones have too few."""
+    try:
+        return route(logits, bias, n_experts_per_token, **options)
+    except ValueError as error:
+        if "n_group" not in options or "experts in reach" not in str(error):
+            raise
+        return route(logits, bias, n_experts_per_token)
+
+
 ROUTERS = {
+    "only the two best count": lambda l, b, k, o, r: count_of_group(l, b, k, o, lambda groups: groups.sum(-1)),
+    "no two to add": lambda l, b, k, o, r: count_of_group(l, b, k, o, lambda groups: groups.topk(2, -1).values.sum(-1)),
+    "scales softmax scores, too": lambda l, b, k, o, r: r._replace(weights=r.scores.gather(-1, r.experts)) if o.get("scoring_func") == "softmax" else r,
+    "use −1, not 1": lambda l, b, k, o, r: over_dimension_one(l, r),
     "in the weights": lambda l, b, k, o, r: again(r, b, weights=(r.scores + b).gather(-1, r.experts)),
     "left out of the choice": lambda l, b, k, o, r: route(l, torch.zeros_like(b), k, **o),
     "not scaled": lambda l, b, k, o, r: r._replace(weights=r.scores.gather(-1, r.experts)),
@@ -426,6 +458,15 @@ def weights_sorted_too(x, routing, gate_up, down):
 
 def not_learned(x, routing, gate_up, down):
     return inspect.unwrap(sort_and_group)(x, routing, gate_up.detach(), down)
+
+
+def two_choices(x, routing, gate_up, down):
+    few = routing._replace(experts=routing.experts[:, :2], weights=routing.weights[:, :2])
+    return inspect.unwrap(sort_and_group)(x, few, gate_up, down)
+
+
+def in_float32(x, routing, gate_up, down):
+    return inspect.unwrap(sort_and_group)(x.float(), routing, gate_up.float(), down.float())
 
 
 BIASES = {
@@ -474,6 +515,9 @@ MISTAKES = [
     ("sort_and_group", weights_sorted_too, "not put back"),
     ("sort_and_group", lambda *arguments: inspect.unwrap(loop_over_experts)(*arguments), "each expert or pair must have its own"),
     ("sort_and_group", not_learned, "gradient does not reach"),
+    ("sort_and_group", two_choices, "Three experts for a token"),
+    ("sort_and_group", in_float32, "answer in bfloat16"),
+    ("route", beyond_reach, "no more are in reach"),
     ("sort_and_group", lambda x, *others: inspect.unwrap(sort_and_group)(x.detach(), *others), "come back to the tokens"),
     *(("balance_bias", lambda bias, load, rate, f=f: f(bias, load, rate), cause) for cause, f in BIASES.items()),
     ("balance_bias", lambda bias, load, rate: balance_bias(bias, load, rate) if rate else bias + 1, "rate of 0"),

@@ -66,9 +66,9 @@ class Trial:
         curriculum: Begin with one link, and go one further whenever nineteen of twenty are right.
         n_facts: Most facts of a list in training.
         core: ``"ours"``; ``"bare"``, that without a norm of the state; ``"stack"``, a block for every pass; ``"theirs"``, the update of
-            OpenMythos; ``"no index"``, that without the number of the pass; ``"theirs, normed"``, that with a norm of the state;
-            ``"state not carried"``, that without the number and without the decayed state beside the block; ``"block alone"``, without
-            the inputs beside it, too.
+            OpenMythos; ``"no index"``, that without the number of the pass; ``"theirs, normed"`` and ``"no index, normed"``, the two
+            with a norm of the state; ``"state not carried"``, that without the number and without the decayed state beside the block;
+            ``"block alone"``, without the inputs beside it, too.
         head: Bias that the halting head begins with: 0 for one half, and far below it for a head that hardly stops anything.
         rest: Facts rest after two passes in training too, and from there on only questions are computed.
         seed: Of weights and questions.
@@ -158,6 +158,10 @@ GROUPS = {
         Trial("mean, head taught to stop", answers="mean"),
         Trial("theirs, mean of 0.4", **_theirs | dict(answers="mean of 0.4"), model=_as_theirs),
         Trial("theirs, mean of 0.4, normed", **_theirs | dict(answers="mean of 0.4", core="theirs, normed"), model=_as_theirs),
+    ),
+    "controls": (  # of two steps of the ladder
+        Trial("no adapters, begun as with", **_theirs | dict(passes=0, answers="last"), model=dict(qk_norm=False, n_passes=8)),
+        Trial("passes alike, state normed", **_theirs | dict(passes=0, answers="last", core="no index, normed"), model=dict(qk_norm=False)),
     ),
     "chains": (
         Trial("ours", **_chains),
@@ -286,6 +290,10 @@ class TheirsNormed(Theirs):
         return self.state_norm(super().one_pass(state, inputs, pass_index, shown))
 
 
+class TheirsWithoutIndexNormed(TheirsWithoutIndex, TheirsNormed):
+    """That without the number of the pass."""
+
+
 def build(trial: Trial) -> Mythos:
     """The model of a trial, not trained yet."""
     config = trial.config
@@ -294,7 +302,7 @@ def build(trial: Trial) -> Mythos:
     if trial.task == "facts":
         model.embedding = PackedFacts(config.dim)
     cores = {"bare": Bare, "stack": Stack, "theirs": Theirs, "no index": TheirsWithoutIndex}
-    cores |= {"theirs, normed": TheirsNormed, "state not carried": StateNotCarried, "block alone": BlockAlone}
+    cores |= {"theirs, normed": TheirsNormed, "no index, normed": TheirsWithoutIndexNormed, "state not carried": StateNotCarried, "block alone": BlockAlone}
     if trial.core in cores:
         model.core = cores[trial.core](config)
         initialise(model)

@@ -243,11 +243,18 @@ def _core_memory(Core, ours, theirs, inputs):
             ),
         },
     )
+    each, stopped = torch.tensor([[1, 4, 2, 3, 4], [4, 1, 1, 2, 3]]), []
+    for part in (ours, theirs):
+        caches = [beside(Core, "LatentCache", "mla")(2, 5, width, n_slots=5) for _ in range(2)]
+        with torch.no_grad():
+            part(inputs, each, [beside(Core, "Shown", "model")(cache) for cache in caches])
+        stopped.append(torch.stack([cache.memory for cache in caches]))
+    expect_close(stopped[1], stopped[0], "Memories that are handed in are not told who is thinking: set thinking on them, not only on those that you make.")
 
 
 @checks("count_parameters")
 def count_parameters(count_parameters):
-    base = _config(count_parameters)
+    base = _config(count_parameters, dim=24, n_heads=3)  # sizes of which no two formulas make the same
     configs = [
         base,
         replace(base, tie_embeddings=False, n_core=3),
@@ -300,12 +307,13 @@ def count_parameters(count_parameters):
         count_parameters(wide) - count_parameters(wide, active=True) == unused,
         "With active=True count of the routed experts only those that serve a token.",
     )
-    adapted = replace(base, pass_adapter="lora", lora_rank=2)
-    others = [
-        count(adapted) - count(adapted, active=True)
-        for count in (count_parameters, reference("model").count_parameters)
-    ]
-    expect(others[0] == others[1], "With active=True count the adapters of one pass only.")
+    for adapter in ("lora", "embedding"):
+        adapted = replace(base, pass_adapter=adapter, lora_rank=2)
+        others = [
+            count(adapted) - count(adapted, active=True)
+            for count in (count_parameters, reference("model").count_parameters)
+        ]
+        expect(others[0] == others[1], f'With active=True count the adapters of one pass only, also with pass_adapter="{adapter}".')
 
 
 _SWITCHED = (
@@ -344,6 +352,10 @@ _SWITCHED = (
     (
         dict(pass_adapter="lora", lora_rank=2),
         "Adapters are counted wrong: rank · (out + in) for each layer of the core, for each pass.",
+    ),
+    (
+        dict(ffn="moe", n_routed_experts=6, n_shared_experts=1, pass_adapter="lora", lora_rank=2),
+        "Adapters of a block with experts are counted wrong: every layer that linear_layers names has them, the router, too.",
     ),
     (dict(token_shift=True), "The token shift is counted wrong: one matrix, dim × dim."),
     (

@@ -95,6 +95,24 @@ def route(route):
         _scatter(ours(logits, bias, 3, **soft, **groups), 8),
         "With softmax scores a group counts by its single best expert, score plus bias.",
     )
+    for options, sentence in (
+        (dict(n_group=2, topk_group=1), "Of a group of four, too, only the two best count: take topk(2), not all."),
+        (dict(n_group=8, topk_group=4), "A group of a single expert counts by that one: there are no two to add."),
+        (dict(scoring_func="softmax"), "norm_topk_prob scales softmax scores, too."),
+    ):
+        try:
+            got = _scatter(route(logits, bias, 3, **options), 8)
+        except RuntimeError:  # topk has no two
+            got = None
+        expect(got is not None and torch.allclose(got, _scatter(ours(logits, bias, 3, **options), 8), atol=1e-5), sentence)
+    for shape in ((5, 8, 8), (8,)):
+        given = logits.flatten()[: torch.Size(shape).numel()].view(shape)
+        try:
+            got = _scatter(route(given, bias, 3), 8)
+        except (RuntimeError, IndexError):
+            got = None
+        last = "The last dimension counts the experts, whatever stands before it: use −1, not 1."
+        expect(got is not None and torch.allclose(got, _scatter(ours(given, bias, 3), 8), atol=1e-5), last)
     expect_gradients(
         lambda numbers: _scatter(route(numbers, bias, 3), 8),
         lambda numbers: _scatter(ours(numbers, bias, 3), 8),
@@ -111,6 +129,11 @@ def route(route):
         expect_raises(ValueError, lambda: route(logits, bias, 3, **wrong), f"{wrong} with eight experts should raise a ValueError.")
     for count in (0, 9):
         expect_raises(ValueError, lambda: route(logits, bias, count), f"{count} of eight experts for a token should raise a ValueError.")
+    expect_raises(
+        ValueError,
+        lambda: route(logits, bias, 3, n_group=4, topk_group=1),
+        "Three experts out of one group of two should raise a ValueError: no more are in reach.",
+    )
 
 
 @checks("sort_and_group")
@@ -169,6 +192,18 @@ def sort_and_group(sort_and_group):
         sentence="The gradient must come back to the tokens and to routing.weights, or what is below and the router cannot learn.",
     )
 
+    three, half = ours.route(torch.randn(30, 6), torch.zeros(6), 3), [part.bfloat16() for part in (x, gate_up, down)]
+    for given, weights, chosen, atol, sentence in (
+        (x, (gate_up, down), three, 1e-4, "Three experts for a token go wrong: routing.experts has their number, which need not be 2."),
+        (half[0], half[1:], routing, 0.1, "Tokens in bfloat16 should give an answer in bfloat16: bring the weights to the dtype of x."),
+    ):
+        try:
+            got = sort_and_group(given, chosen, *weights)
+        except (RuntimeError, IndexError):
+            got = None
+        needed = ours.loop_over_experts(given, chosen, *weights)
+        same = got is not None and (got.shape, got.dtype) == (needed.shape, needed.dtype) and torch.allclose(got, needed, atol=atol)
+        expect(same, sentence)
     many = torch.randn(64, 16, 8), torch.randn(64, 8, 8), ours.route(torch.randn(30, 64), torch.zeros(64), 2)
     calls = []
 
