@@ -156,6 +156,16 @@ def test_each_rung_after_the_fifth_takes_one_thing_from_their_update():
     for name, needed in by_hand.items():
         assert torch.allclose(models[name].core.one_pass(state, inputs, 3), needed, atol=1e-5), name
 
+    begun, carried = GROUPS["controls"]
+    assert begun == replace(trials["+ no adapters"], name=begun.name, model=dict(qk_norm=False, n_passes=8))
+    assert carried == replace(trials["+ passes alike"], name=carried.name, core="no index, normed")
+    sizes = [build(trial).core.blocks[0].attention.o_proj.weight.std() for trial in (begun, trials["+ no adapters"])]
+    adapted = models["+ last state"].core.blocks[0].block.attention.o_proj.weight.std()
+    assert torch.isclose(sizes[0], adapted, rtol=0.05) and not torch.isclose(sizes[1], adapted, rtol=0.05)
+    core = build(carried).core
+    core.blocks[0].load_state_dict(block.state_dict())
+    assert torch.allclose(core.one_pass(state, inputs, 3), normed(by_hand["+ passes alike"]), atol=1e-5)
+
 
 def test_a_mean_of_states_takes_each_until_the_head_stops():
     trial = GROUPS["failure"][0]
