@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_ask)
 
     command = commands.add_parser("evidence", help="train and measure many small models, to put the claims of the course on trial")
-    command.add_argument("--only", metavar="GROUP", help="depth, parts, failure, mean, chains or text; all by default")
+    command.add_argument("--only", metavar="GROUP", help="depth, parts, failure, mean, controls, chains or text; all by default")
     command.add_argument("--seeds", type=int, default=3, metavar="N", help="models of each trial, 3 by default; of three trials four times as many")
     command.add_argument("--out", default="runs/evidence.jsonl", metavar="FILE", help="results; what is in it is not run again")
     command.set_defaults(run=_evidence)

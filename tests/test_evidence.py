@@ -334,7 +334,7 @@ def test_a_damaged_line_is_named(quick, tmp_path):
 
 def test_mistakes_on_the_command_line_are_told_in_one_sentence(capsys):
     assert cli.main(["evidence", "--only", "deep"]) == 2
-    assert "the group is 'deep'; it must be one of depth, parts, failure, mean, chains, text" in capsys.readouterr().err
+    assert "the group is 'deep'; it must be one of depth, parts, failure, mean, controls, chains, text" in capsys.readouterr().err
     assert cli.main(["evidence", "--seeds", "0"]) == 2
 
 
