@@ -135,18 +135,18 @@ class LatentCache:
         return slot.narrow(1, 0, self.length + n_new)
 
     def advance(self, n_positions: int) -> None:
-        """Count new positions as filled, once all passes have written them; a ValueError if fewer are free."""
+        """Count new positions as filled, once all passes have written them; a ValueError if it is negative or fewer are free."""
         free = self.memory.shape[2] - self.length
         require(0 <= n_positions <= free, "n_positions", n_positions, f"from 0 to {free}, what is free")
         self.length += n_positions
 
     def crop(self, length: int) -> None:
-        """Forget all positions from ``length`` on; a ValueError if fewer are filled."""
+        """Forget all positions from ``length`` on; a ValueError if it is negative or fewer are filled."""
         require(0 <= length <= self.length, "length", length, f"from 0 to {self.length}, what is filled")
         self.length = length
 
     def take(self, rows: list[int]) -> None:
-        """Go on with these sequences of the batch, in this order; one may be taken twice. A ValueError if there is no such sequence."""
+        """Go on with these sequences of the batch, counted from 0, in this order; one may be taken twice. A ValueError if there is no such sequence."""
         batch_size = self.memory.shape[1]
         require(len(rows) > 0 and all(0 <= row < batch_size for row in rows), "rows", rows, f"from 0 to {batch_size - 1}")
         self.memory = self.memory.index_select(1, torch.tensor(rows, device=self.memory.device))

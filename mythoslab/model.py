@@ -12,6 +12,7 @@ __all__ = ['CHOICES', 'PRESETS', 'is_whole', 'MythosConfig', 'linear_layers', 'S
 # %% ../notebooks/08_model.ipynb #imports
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -304,7 +305,7 @@ class KeyValueAttention(GroupedQueryAttention):
         dim, n_heads, n_kv_heads: As for :class:`GroupedQueryAttention`.
         rope_theta: Base of the rotary positions.
         positions: ``"all"`` heads have them, the first ``"half"`` of the heads, or ``"none"``.
-        qk_norm: Norm queries and keys, and learn how sharply each head looks.
+        qk_norm: Norm queries and keys, and learn how sharply each head looks. It starts at e; that was not compared with one.
 
     Shape:
         (batch, position, dim) → (batch, position, dim)
@@ -333,9 +334,10 @@ class KeyValueAttention(GroupedQueryAttention):
         self.k_proj, self.v_proj = Projection(dim, narrow), Projection(dim, narrow)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.sharpness = nn.Parameter(torch.ones(n_heads, 1, 1)) if qk_norm else None  # of each head, as a logarithm; to start at e, not at 1, is a choice that nothing was compared with
+        self.sharpness = nn.Parameter(torch.ones(n_heads, 1, 1)) if qk_norm else None  # of each head, as a logarithm
 
-    keys_and_values = None  # what notebook 06 asks for goes straight to the memory here
+    def keys_and_values(self, x):
+        raise NotImplementedError("here the forward writes keys and values to its memory")
 
     @property
     def width(self) -> int:
@@ -547,7 +549,7 @@ class Core(nn.Module):
         if each is not None:
             shape = tuple(inputs.shape[:2])
             require(tuple(each.shape) == shape, "the shape of n_passes", tuple(each.shape), f"that of the tokens, {shape}")
-            require(not each.is_floating_point() and each.dtype != torch.bool, "the dtype of n_passes", each.dtype, "one of whole numbers")
+            require(each.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8), "the dtype of n_passes", each.dtype, "one of whole numbers")
         fewest, n_passes = (n_passes, n_passes) if each is None else map(int, each.aminmax())
         require(is_whole(fewest) and fewest >= 1, "n_passes", fewest, "a whole number of at least 1")
         whole = n_backward is None or is_whole(n_backward) and n_backward >= 1
@@ -625,8 +627,8 @@ def initialise(model: nn.Module) -> None:
     Every matrix starts with deviation ``1/√(channels in)``, and those of a block that add to the stream smaller by
     √(2 · depth), where depth counts every block as often as it runs (and twice without an injection). Embeddings start at
     0.02, and smaller in models wider than 128: they are normed when read, and a new model then gives all tokens but the one just
-    read nearly the same chance. Where reading and writing share a matrix, the one just read has about ten times the chance of
-    another at 1,024 channels, and less in wider models, whose embeddings are so small that the norm's ``eps`` counts. Norms, injection, adapters and the halting head keep the start of their own.
+    read nearly the same chance. Where reading and writing share a matrix, the one just read has about eleven times the chance of
+    another, from 128 channels on; less in very wide models, whose embeddings are so small that the norm's ``eps`` counts. Norms, injection, adapters and the halting head keep the start of their own.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3, with passes counted as depth.
     """
@@ -794,11 +796,12 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
         """A model that was saved or pushed, as by :class:`PyTorchModelHubMixin`.
 
         Raises:
-            ValueError: There is no such folder, or its configuration or its weights are missing, damaged or not of this kind of model.
+            ValueError: What cannot be a name on the hub is no folder either, or configuration or weights are missing, damaged or
+                not of this kind of model. (That the hub does not have a name, or cannot be reached, it says itself.)
         """
-        folder = Path(pretrained_model_name_or_path)
-        named = len(folder.parts) <= 2 and not str(pretrained_model_name_or_path).startswith((".", "/", "~"))
-        require(folder.is_dir() or named, "the folder", str(folder), "one that is there, or the name of a model on the hub")
+        given, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path)
+        of_hub = isinstance(given, str) and bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", given)) and not folder.exists()
+        require(folder.is_dir() or of_hub, "the folder", str(folder), "one that is there, or the name of a model on the hub")
         file = folder / "config.json"
         if file.is_file():  # says what is wrong with it, before the library tries
             MythosConfig.from_json(file.read_text(encoding="utf-8"))
@@ -808,7 +811,7 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **kind) -> "Mythos":
         folder = Path(model_id)
         if folder.is_dir() and not (folder / "model.safetensors").is_file():
-            if any(folder.glob("*.bin")):
+            if (folder / "pytorch_model.bin").is_file():
                 cls._load_as_pickle()
             raise ValueError(f"there is no model.safetensors in {folder}")
         require("config" in kind, "config.json", "missing", "there: it says what the weights belong to")

@@ -245,7 +245,7 @@ def sequence_balance_loss(routing: Routing) -> Float[Tensor, ""]:
 
 # %% ../notebooks/07_moe.ipynb #mixture-of-experts
 class FeedForward(nn.Module):
-    """The SwiGLU of notebook 02, made of the projections of 06. As a part of all tokens it holds the shared experts, side by side."""
+    """The SwiGLU of notebook 02, made of the projections of 06: the feed-forward part of a block without experts, or all shared experts side by side."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -389,14 +389,12 @@ class MixtureOfExperts(nn.Module):
 
     @classmethod
     def from_deepseek(cls, config: object, state_dict: Mapping[str, Tensor]) -> "MixtureOfExperts":
-        """The experts of one published DeepSeek-V2 or V3 layer.
+        """The experts of one published DeepSeek-V2 or V3 layer. V2's ``norm_topk_prob`` is ignored, as it is in the transformers library.
 
         Args:
             config: Of the model: a dict, as in its config.json, or an object with the same names.
             state_dict: Weights of the layer under their published names, with or without what stands before them, and with
                 experts one by one or stacked, as the transformers library has them.
-
-        V2's ``norm_topk_prob`` is ignored, as the transformers library does.
 
         Raises:
             ValueError: The config lacks a size, or the weights are not exactly those of one layer that it describes.

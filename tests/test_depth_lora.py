@@ -460,6 +460,19 @@ class RowsAlike(DepthLoRA):
             self.lora_a.copy_(self.lora_a[:, :1].expand_as(self.lora_a).clone())
 
 
+class AlikeInLaterPasses(DepthLoRA):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        with torch.no_grad():
+            self.lora_a[1:].copy_(self.lora_a[1:, :1].expand_as(self.lora_a[1:]).clone())
+
+
+class AlwaysATwentieth(DepthLoRA):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        nn.init.normal_(self.lora_a, std=0.05)
+
+
 class FarFromZero(DepthLoRA):
     def __init__(self, *sizes, **options):
         super().__init__(*sizes, **options)
@@ -597,6 +610,15 @@ def as_it_comes(matrix, rank):
     return low_rank(matrix, rank)
 
 
+def through_float32(matrix, rank):
+    lora_b, lora_a = low_rank(matrix.float(), rank)
+    return lora_b.to(matrix.dtype), lora_a.to(matrix.dtype)
+
+
+def nothing_in_bfloat16(matrix, rank):
+    return tuple(part * (matrix.dtype != torch.bfloat16) for part in low_rank(matrix, rank))
+
+
 def first_of_all(matrix, rank):
     lora_b, lora_a = low_rank(matrix, rank)
     return (lora_b, lora_a) if matrix.dim() == 2 else (lora_b[:1].expand_as(lora_b), lora_a[:1].expand_as(lora_a))
@@ -635,7 +657,11 @@ MISTAKES = [
     ("DepthLoRA", AsKaiming, "about as large as x"),
     ("DepthLoRA", FarFromZero, "around zero"),
     ("DepthLoRA", RowsAlike, "not independent at the start"),
+    ("DepthLoRA", AlikeInLaterPasses, "not independent at the start"),
+    ("DepthLoRA", AlwaysATwentieth, "about as large as x"),
     ("low_rank", as_it_comes, "factors in bfloat16"),
+    ("low_rank", nothing_in_bfloat16, "factors in bfloat16"),
+    ("low_rank", through_float32, "keep its digits"),
     ("low_rank", keeps_the_smallest, "smallest singular values"),
     ("low_rank", loses_the_values, "singular values are lost"),
     ("low_rank", counts_them_twice, "count twice"),

@@ -568,6 +568,15 @@ def head_by_head(query, kept, up, scale):
     return torch.cat(heads, 1)
 
 
+def by_multiplying(query, kept, up, scale):
+    """Keys and values of all positions, without a matrix product."""
+    rank, n_nope = up.shape[2], query.shape[3] - kept.shape[2] + up.shape[2]
+    unpacked = (kept[:, None, :, None, :rank] * up[None, :, None]).sum(-1)  # (batch, head, key, nope + v)
+    rope_key = kept[:, None, :, rank:].expand(-1, len(up), -1, -1)
+    key, value = torch.cat((unpacked[..., :n_nope], rope_key), -1), unpacked[..., n_nope:]
+    return causal_attention(query, key, value, scale)
+
+
 def in_halves(query, kept, up, scale):
     return written_out()(query, kept, torch.cat(up.chunk(2, 1), 1), scale) if up.shape[1] % 2 == 0 else query[..., : up.shape[1] // 2]
 
@@ -608,7 +617,7 @@ MISTAKES = [
     ("LatentCache", AdvancesAnywhere, "Advancing by three"),
     ("LatentCache", AnySize, "batch of zero"),
     ("LatentCache", TakesInPlace, "take([0])"),
-    ("LatentCache", CountsFromTheEnd, "Taking sequence -1 of two"),
+    ("LatentCache", CountsFromTheEnd, "take([0, -1]) of two"),
     ("LatentCache", GoesBack, "crop goes back"),
     ("LatentCache", CropsBelowZero, "Cropping to −1"),
     ("LatentCache", Rounds, "rounded without a word"),
@@ -629,6 +638,7 @@ MISTAKES = [
     ("absorbed_attention", latents_out, "should have the shape"),
     ("absorbed_attention", lambda *arguments: expanded_attention(*arguments), "on the way"),
     ("absorbed_attention", head_by_head, "on the way"),
+    ("absorbed_attention", by_multiplying, "on the way"),
 ]
 
 PARTS = [GroupedQueryAttention, LatentCache, expanded_attention, absorbed_attention]

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -1030,10 +1032,10 @@ def test_what_is_missing_or_does_not_belong_together_is_named(tmp_path, offline)
     with pytest.raises(ValueError, match="config.json is 'missing'"):
         Mythos.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=f"there is no model.safetensors in {tmp_path}"):
+    with pytest.raises(ValueError, match=re.escape(f"there is no model.safetensors in {tmp_path}")):
         Mythos.from_pretrained(tmp_path)
-    for gone in (tmp_path / "gone", "a/b/gone"):
-        with pytest.raises(ValueError, match=f"the folder is '{gone}'; it must be one that is there, or the name of a model on the hub"):
+    for gone in (tmp_path / "gone", Path("runs/gone"), "a/b/gone", "./gone", config.parent / "README.md"):
+        with pytest.raises(ValueError, match=re.escape(f"the folder is {str(Path(gone))!r}; it must be one that is there, or the name of a model on the hub")):
             Mythos.from_pretrained(gone)
 
 
@@ -1412,6 +1414,10 @@ def n_blocks(config):
     return config.n_prelude + config.n_core + config.n_coda
 
 
+def halting_width(config):
+    return StopHead(config.dim).hidden.out_features
+
+
 COUNTS = [
     (counts(lambda c: replace(c, n_core=c.n_core * c.n_passes, n_passes=1)), "passes cost no weights"),
     (counts(lambda c: -(2 * n_blocks(c) + 4) * c.dim), "two in every block, and four around them"),
@@ -1433,6 +1439,9 @@ COUNTS = [
     (counts(lambda c: replace(c, token_shift=False)), "token shift is counted wrong"),
     (counts(lambda c: replace(c, halting="none")), "halting head is counted wrong"),
     (counts(lambda c: 16_512 if c.has_head else 0), "halting head is counted wrong"),
+    (counts(lambda c: (c.hidden_dim - halting_width(c)) * (2 * c.dim + 2) if c.has_head else 0), "halting head is counted wrong"),
+    (counts(lambda c: (c.dim // 2 - halting_width(c)) * (2 * c.dim + 2) if c.has_head else 0), "halting head of a narrow model"),
+    (counts(lambda c: (c.n_passes - c.n_heads) * n_blocks(c) if c.qk_norm and c.attention != "mla" else 0), "qk_norm is counted wrong"),
     (counts(lambda c: (c.dim + c.n_heads - 2 * c.dim // c.n_heads - c.n_heads) * n_blocks(c) if c.qk_norm and c.attention != "mla" else 0), "qk_norm is counted wrong"),
     (counts(lambda c: -c.n_passes * c.lora_rank * (c.dim + c.n_routed_experts) if (c.ffn, c.pass_adapter) == ("moe", "lora") else 0), "the router, too"),
     (lambda config, *, active=False: count_parameters(config, active=active and config.pass_adapter != "embedding"), 'pass_adapter="embedding"'),

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mythoslab.mla import ONE_DNN, learns_by_one_dnn
 from mythoslab.moe import (
+    FeedForward,
     MixtureOfExperts,
     Routing,
     balance_bias,
@@ -23,6 +24,7 @@ from mythoslab.moe import (
     sequence_balance_loss,
     sort_and_group,
 )
+from mythoslab.recurrence import SwiGLU
 from tests.mistakes import mistakes_are_named
 
 WAYS = [loop_over_experts, sort_and_group, gather_experts]
@@ -359,6 +361,13 @@ def closed_by_zero(logits, bias, n_chosen, options):
     opened = torch.zeros(choice.shape[:-1]).scatter(-1, best, 1.0).unsqueeze(-1)
     chosen = (choice * opened).flatten(-2).topk(n_chosen, -1).indices
     return again(Routing(None, None, logits.sigmoid()), bias, experts=chosen)
+
+
+def test_the_feed_forward_part_is_the_swiglu_of_notebook_02():
+    plain, ours = SwiGLU(16, 24), FeedForward(16, 24)
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 5, 16)
+    assert torch.allclose(plain(x), ours(x), atol=1e-6)
 
 
 def test_what_experts_cannot_be_given_is_named():

@@ -67,7 +67,7 @@ class Trial:
         n_facts: Most facts of a list in training.
         core: ``"ours"``; ``"bare"``, that without a norm of the state; ``"stack"``, a block for every pass; ``"theirs"``, the update of
             OpenMythos; ``"no index"``, that without the number of the pass; ``"theirs, normed"`` and ``"no index, normed"``, the two
-            with a norm of the state; ``"state not carried"``, that without the number and without the decayed state beside the block;
+            with a norm of the state; ``"state not carried"``, theirs without the number and without the decayed state beside the block;
             ``"block alone"``, without the inputs beside it, too.
         head: Bias that the halting head begins with: 0 for one half, and far below it for a head that hardly stops anything.
         rest: Facts rest after two passes in training too, and from there on only questions are computed.

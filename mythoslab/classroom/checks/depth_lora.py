@@ -83,12 +83,12 @@ def depth_lora(DepthLoRA):
         "lora_a is zero at the start, as lora_b is: then neither ever gets a gradient. Draw it at random.",
     )
     expect(bool((theirs.lora_a[0] != theirs.lora_a[1]).any()), "Each pass should draw an A of its own.")
-    start = DepthLoRA(400, 100, rank=64, n_passes=1).lora_a[0].detach() * 20
-    size = start.std().item()
-    expect(0.8 < size < 1.25, "lora_a should start so that lora_a @ x is about as large as x: deviation 1 / √in_features.")
-    expect(abs(start.mean().item()) < 0.1, "lora_a should start around zero, and its mean is not.")
-    rank = torch.linalg.matrix_rank(start).item()
-    expect(rank == 64, f"The rows of lora_a are not independent at the start: of rank 64 only {rank} could ever be used. Draw every entry by itself.")
+    for n_in, n_out in ((400, 100), (100, 400)):
+        for start in DepthLoRA(n_in, n_out, rank=64, n_passes=2).lora_a.detach() * n_in**0.5:
+            size, rank = start.std().item(), torch.linalg.matrix_rank(start).item()
+            expect(0.8 < size < 1.25, "lora_a should start so that lora_a @ x is about as large as x: deviation 1 / √in_features.")
+            expect(abs(start.mean().item()) < 0.1, "lora_a should start around zero, and its mean is not.")
+            expect(rank == 64, f"The rows of lora_a are not independent at the start: of rank 64 only {rank} could ever be used. Draw every entry by itself.")
     with torch.no_grad():
         theirs.lora_b.normal_()
     a, b = theirs.lora_a.detach(), theirs.lora_b.detach()
@@ -200,11 +200,19 @@ def low_rank(low_rank):
     expect_shape(lora_b, (3, 5, 2), "lora_b of three matrices at once")
     ours = reference("depth_lora").low_rank(many, 2)
     expect_close(lora_b @ lora_a, ours[0] @ ours[1], "Of several matrices each has factors of its own.")
-    try:
-        kinds = [part.dtype for part in low_rank(matrix.bfloat16(), 2)]
-    except RuntimeError:
-        kinds = []
-    expect(kinds == [torch.bfloat16] * 2, "A matrix in bfloat16 should give factors in bfloat16: torch.linalg.svd wants float32, so go there and back.")
+    for dtype, atol, sentence in (
+        (torch.bfloat16, 0.1, "A matrix in bfloat16 should give factors in bfloat16: torch.linalg.svd wants float32, so go there and back."),
+        (torch.float64, 1e-10, "A matrix in float64 should keep its digits: go to float32 only with what is narrower."),
+    ):
+        given = matrix.to(dtype)
+        try:
+            lora_b, lora_a = low_rank(given, 2)
+        except RuntimeError:
+            lora_b = lora_a = torch.zeros(0)
+        left, values, right = torch.linalg.svd(given.double(), full_matrices=False)
+        needed = left[:, :2] * values[:2] @ right[:2]
+        kept = lora_b.dtype == lora_a.dtype == dtype
+        expect(kept and torch.allclose(lora_b.double() @ lora_a.double(), needed, atol=atol), sentence)
     for bad, given in ((0, matrix), (5, matrix), (5, matrix.mT)):
         shape = " × ".join(map(str, given.shape))
         expect_raises(ValueError, partial(low_rank, given, bad), f"Rank {bad} of a {shape} matrix should raise a ValueError.")

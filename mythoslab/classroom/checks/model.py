@@ -254,7 +254,7 @@ def _core_memory(Core, ours, theirs, inputs):
 
 @checks("count_parameters")
 def count_parameters(count_parameters):
-    base = _config(count_parameters, dim=24, n_heads=3)  # sizes of which no two formulas make the same
+    base = _config(count_parameters, dim=24, n_heads=3, hidden_dim=20, n_passes=5)  # sizes that other formulas seldom make
     configs = [
         base,
         replace(base, tie_embeddings=False, n_core=3),
@@ -302,6 +302,9 @@ def count_parameters(count_parameters):
         config = replace(base, n_core=2, **changes)
         counted = sum(weight.numel() for weight in reference("model").Mythos(config).parameters())
         expect(count_parameters(config) == counted, sentence)
+    narrow = replace(base, dim=8, n_heads=2, halting="settled")
+    counted = sum(weight.numel() for weight in reference("model").Mythos(narrow).parameters())
+    expect(count_parameters(narrow) == counted, "The halting head of a narrow model is counted wrong: look at StopHead(8), which is not half as wide.")
     unused = 4 * 3 * wide.dim * wide.expert_dim * wide.n_core
     expect(
         count_parameters(wide) - count_parameters(wide, active=True) == unused,

@@ -107,12 +107,13 @@ def route(route):
         expect(got is not None and torch.allclose(got, _scatter(ours(logits, bias, 3, **options), 8), atol=1e-5), sentence)
     for shape in ((5, 8, 8), (8,)):
         given = logits.flatten()[: torch.Size(shape).numel()].view(shape)
-        try:
-            got = _scatter(route(given, bias, 3), 8)
-        except (RuntimeError, IndexError):
-            got = None
-        last = "The last dimension counts the experts, whatever stands before it: use −1, not 1."
-        expect(got is not None and torch.allclose(got, _scatter(ours(given, bias, 3), 8), atol=1e-5), last)
+        for options in ({}, groups):
+            try:
+                got = _scatter(route(given, bias, 3, **options), 8)
+            except (RuntimeError, IndexError):
+                got = None
+            last = "The last dimension counts the experts, whatever stands before it: use −1, not 1."
+            expect(got is not None and torch.allclose(got, _scatter(ours(given, bias, 3, **options), 8), atol=1e-5), last)
     expect_gradients(
         lambda numbers: _scatter(route(numbers, bias, 3), 8),
         lambda numbers: _scatter(ours(numbers, bias, 3), 8),
@@ -193,17 +194,18 @@ def sort_and_group(sort_and_group):
     )
 
     three, half = ours.route(torch.randn(30, 6), torch.zeros(6), 3), [part.bfloat16() for part in (x, gate_up, down)]
-    for given, weights, chosen, atol, sentence in (
-        (x, (gate_up, down), three, 1e-4, "Three experts for a token go wrong: routing.experts has their number, which need not be 2."),
-        (half[0], half[1:], routing, 0.1, "Tokens in bfloat16 should give an answer in bfloat16: bring the weights to the dtype of x."),
+    for (given, *weights), chosen, rounding, sentence in (
+        ((x, gate_up, down), three, 1e-5, "Three experts for a token go wrong: routing.experts has their number, which need not be 2."),
+        (half, routing, 0.03, "Tokens in bfloat16 should give an answer in bfloat16: bring the weights to the dtype of x."),
     ):
         try:
             got = sort_and_group(given, chosen, *weights)
         except (RuntimeError, IndexError):
             got = None
-        needed = ours.loop_over_experts(given, chosen, *weights)
-        same = got is not None and (got.shape, got.dtype) == (needed.shape, needed.dtype) and torch.allclose(got, needed, atol=atol)
-        expect(same, sentence)
+        needed = ours.loop_over_experts(given.float(), chosen, *(weight.float() for weight in weights))
+        kind = getattr(got, "shape", None), getattr(got, "dtype", None)
+        same = kind == (given.shape, given.dtype) and (got.float() - needed).abs().max() < rounding * needed.abs().max()
+        expect(bool(same), sentence)
     many = torch.randn(64, 16, 8), torch.randn(64, 8, 8), ours.route(torch.randn(30, 64), torch.zeros(64), 2)
     calls = []
 
