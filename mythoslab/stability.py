@@ -21,7 +21,7 @@ def spectral_radius(matrix: Float[Tensor, "*batch"]) -> Float[Tensor, "*rest"]:
         matrix: Square, (..., dim, dim); or the diagonal of a diagonal matrix, (dim,).
 
     Returns:
-        (...): not negative; below one exactly if the powers of the matrix vanish.
+        (...), in the dtype of the matrix: not negative; below one exactly if the powers of the matrix vanish.
 
     Raises:
         ValueError: The matrix is not square, is empty, or holds other numbers than finite real ones of a floating-point dtype.

@@ -99,7 +99,7 @@ class Gathered(Shown):
             now[rows, places] = before[rows, places]
 
     def write(self, new: Float[Tensor, "row token width"], pass_index: int) -> Float[Tensor, "row key width"]:
-        """Show ``new``; return all that these sequences show at this pass."""
+        """Show ``new``; return all that these sequences show at this pass, in the dtype of ``new``, whatever that of the memory is."""
         slot = self.slot(pass_index)
         slot[self.rows.unsqueeze(1), self.places] = new.to(slot.dtype)
         everyone = len(self.rows) == len(slot)  # then nothing is copied

@@ -1,10 +1,23 @@
 """Tests of the checks of a notebook: each mistake is named, and the finished code is right."""
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import pytest
 
-from mythoslab.classroom.checks import check
+from mythoslab.classroom.checks import check, reference
+
+
+def edited(topic: str, name: str, *changes: tuple[str, str]) -> Callable:
+    """What a learner would have defined: the code of the finished one, with each first text of ``changes`` replaced by the second."""
+    module = reference(topic)
+    source = inspect.getsource(inspect.unwrap(getattr(module, name)))
+    for old, new in changes:
+        assert old in source, (name, old)
+        source = source.replace(old, new)
+    namespace = {**vars(module), "__name__": "__main__"}
+    exec(source, namespace)
+    return namespace[name]
 
 
 def mistakes_are_named(

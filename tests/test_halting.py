@@ -28,7 +28,7 @@ from mythoslab.halting import (
     ponder_loss,
     ponder_net_loss,
 )
-from tests.mistakes import mistakes_are_named
+from tests.mistakes import edited, mistakes_are_named
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 RULES = [act, accumulate, ponder]
@@ -536,7 +536,48 @@ def remainder_cut_off(halt_prob, threshold=0.99):
     return torch.where(weights == halt_prob, weights, weights.detach())
 
 
+def shares_of_the_rest(halt_prob):
+    halting_distribution(halt_prob)
+    wide = halt_prob if halt_prob.dtype == torch.float64 else halt_prob.float()
+    reached = torch.cat((torch.ones_like(wide[:1]), (1 - wide[:-1]).cumprod(0)))
+    shares = (wide * reached)[:-1]
+    return torch.cat((shares, 1 - shares.sum(0, keepdim=True))).to(halt_prob.dtype)
+
+
+def divides_out(halt_prob):
+    halting_distribution(halt_prob)
+    wide = halt_prob if halt_prob.dtype == torch.float64 else halt_prob.float()
+    reached = (1 - wide).cumprod(0) / (1 - wide)
+    return torch.cat(((wide * reached)[:-1], reached[-1:])).to(halt_prob.dtype)
+
+
+def last_set_to_one(halt_prob, threshold=0.99):
+    exit_pass(halt_prob, threshold)
+    halt_prob[-1] = 1
+    return exit_pass(halt_prob, threshold)
+
+
+def of_two_dimensions(halt_prob, threshold=0.99):
+    exit_pass(halt_prob, threshold)
+    return torch.tensor([exit_pass(halt_prob[:, token], threshold) for token in range(halt_prob.shape[1])])
+
+
+def wraps_around(halt_prob, threshold=0.99):
+    weights = act_weights(halt_prob, threshold)
+    first = halt_prob[0] >= threshold
+    return torch.where(first & (torch.arange(len(halt_prob)) == 0).view(-1, *[1] * (halt_prob.dim() - 1)), 1 - halt_prob.sum(0), weights)
+
+
 MISTAKES = [
+    ("halting_distribution", shares_of_the_rest, "none may be negative"),
+    ("halting_distribution", divides_out, "do not divide by 1 − halt_prob"),
+    ("halting_distribution", lambda halt_prob: halting_distribution(halt_prob.float()).to(halt_prob.dtype), "leave float64 as it is"),
+    ("exit_pass", last_set_to_one, "halt_prob has changed"),
+    ("exit_pass", of_two_dimensions, "passes lie on dimension 0"),
+    ("exit_pass", lambda halt_prob, threshold=0.99: exit_pass(halt_prob, 0.99 if threshold == 1 else threshold), "A threshold of 1 is reached"),
+    ("act_weights", wraps_around, "its remainder is one"),
+    ("ponder_kl", edited("halting", "ponder_kl", ("torch.finfo(wide.dtype).tiny", "1e-2")), "the result is wrong"),
+    ("ponder_kl", edited("halting", "ponder_kl", (".sum(0).flatten()", ".sum(0).mean().view(1)")), "each token's own sum"),
     ("halting_distribution", writes_to_its_input(halting_distribution), "halt_prob has changed"),
     ("act_weights", writes_to_its_input(act_weights), "halt_prob has changed"),
     ("halting_distribution", forgets_the_rest, "last pass must take all that is left"),

@@ -20,7 +20,7 @@ from mythoslab.mla import (
     learns_by_one_dnn,
     project,
 )
-from mythoslab.recurrence import Attention
+from mythoslab.recurrence import Attention, rotary_angles, rotate
 from tests.mistakes import mistakes_are_named
 
 SMALL = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
@@ -370,8 +370,6 @@ class InTurn(GroupedQueryAttention):
         return self.finish(x, key, value)
 
     def finish(self, x, key, value, causal=True):
-        from mythoslab.recurrence import rotary_angles, rotate
-
         query = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query = rotate(query, rotary_angles(x.shape[1], self.head_dim))
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
@@ -391,10 +389,18 @@ class KeysStand(GroupedQueryAttention):
 
 class TurnsValues(GroupedQueryAttention):
     def keys_and_values(self, x):
-        from mythoslab.recurrence import rotary_angles, rotate
-
         key, value = super().keys_and_values(x)
         return key, rotate(value, rotary_angles(x.shape[1], self.head_dim))
+
+
+class SharesByKeyHeads(GroupedQueryAttention):
+    """As many query heads share a key head as there are key heads."""
+
+    def forward(self, x):
+        query = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), rotary_angles(x.shape[1], self.head_dim))
+        key, value = (part.repeat_interleave(part.shape[1], 1) for part in self.keys_and_values(x))
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class AllHeads(GroupedQueryAttention):
@@ -600,6 +606,7 @@ MISTAKES = [
     ("GroupedQueryAttention", SeesAhead, "sees later ones"),
     ("GroupedQueryAttention", KeysStand, "keys are not rotated"),
     ("GroupedQueryAttention", TurnsValues, "values are rotated too"),
+    ("GroupedQueryAttention", SharesByKeyHeads, "neighbours share a key head"),
     ("GroupedQueryAttention", AllHeads, "2 heads × 4 channels"),
     ("GroupedQueryAttention", AnyGroups, "should raise a ValueError"),
     ("LatentCache", MovesOn, "leave it to advance"),

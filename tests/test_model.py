@@ -49,7 +49,7 @@ from mythoslab.model import (
 )
 from mythoslab.recurrence import rotary_angles, rotate
 from mythoslab.stability import LTIInjection
-from tests.mistakes import mistakes_are_named
+from tests.mistakes import edited, mistakes_are_named
 
 SMALL = MythosConfig(
     vocab_size=31,
@@ -1532,6 +1532,17 @@ MISTAKES = [
     (name, wrong, cause)
     for name, list_of in (("Core", CORES), ("count_parameters", COUNTS), ("sample", SAMPLES))
     for wrong, cause in list_of
+]
+MISTAKES += [
+    ("sample", edited("model", "sample", *changes), cause)
+    for cause, *changes in (
+        ("as an int at temperature 0", ("return int(logits.argmax())", "return logits.argmax()")),
+        ("with top_k and without", ("torch.multinomial(chances, 1, generator=generator)", "torch.multinomial(chances, 1, generator=None if top_k else generator)")),
+        ("with top_k, too", ("temperature < 1e-6", "temperature < 1e-6 and top_k is None")),
+        ("leaves every token", ("top_k < len(logits):", "top_k <= len(logits):"), ("logits.topk(top_k)", "logits.topk(min(top_k, len(logits) - 1))")),
+        ("softmax does not overflow", ("(logits.float() / temperature).softmax(-1)", "(logits.float() / temperature).exp().clamp(max=3e38)")),
+        ("A temperature that is not a number", ("require(0 <= temperature < math.inf,", "require(not temperature < 0 and temperature != math.inf,")),
+    )
 ]
 
 test_check_names_the_cause, test_check_accepts_the_finished_code = mistakes_are_named(

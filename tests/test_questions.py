@@ -1,12 +1,12 @@
 """mythoslab.questions: exact and balanced questions, text that does not leak, and their notebook's checks."""
 
-import inspect
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from mythoslab.questions import (
     two_chains,
     without_repeats,
 )
+from tests.mistakes import edited
 
 
 def seeded(seed=0):
@@ -456,20 +457,19 @@ def test_guessing_bytes_evenly_costs_eight_bits_per_byte():
         bits_per_byte(1.0, 1, 0)
 
 
-def learners(name, *changes):
-    """The reference's function with changes to its source, as a learner who made a mistake would write it."""
-    module = reference("questions")
-    source = inspect.getsource(getattr(module, name))
-    for old, new in changes:
-        assert old in source
-        source = source.replace(old, new)
-    namespace = {**vars(module), "__name__": "learner"}
-    exec(source, namespace)
-    return namespace[name]
-
+learners = partial(edited, "questions")
 
 MISTAKES = {
     "climb": [
+        ("On a chain of 5000 nodes", ("(n_nodes - 1).bit_length()", "12")),
+        ("link by link", ("(n_nodes - 1).bit_length()", "math.isqrt(n_nodes) + 1")),
+        (
+            "in the second row",
+            (
+                "for _ in range((n_nodes - 1).bit_length()):",
+                "while not torch.equal(reached[0], reached[0].gather(0, reached[0])):",
+            ),
+        ),
         ("come to an end", ("for _ in range((n_nodes - 1).bit_length()):", "while True:")),
         ("link by link", ("(n_nodes - 1).bit_length()", "n_nodes")),
         ("begin with .long()", (".long()", "")),
@@ -508,6 +508,8 @@ MISTAKES = {
         ),
     ],
     "two_chains": [
+        ("no sizes of your own", ("torch.rand(batch_size, n_colours", "torch.rand(batch_size, 4")),
+        ("not a copy of it", ("draw = dict", "copied = torch.Generator()\n    copied.set_state(generator.get_state())\n    generator = copied\n    draw = dict")),
         (
             "ForestBatch",
             ("return _shuffled_facts(parent, colour, n_labels, generator)", "return parent, colour"),
@@ -539,6 +541,11 @@ MISTAKES = {
         ),
     ],
     "text_batches": [
+        ("A batch from a text of one window", ("while len(starts) < batch_size", "if len(starts) < batch_size")),
+        ("the places of the tokens", ("tokens[starts[:batch_size, None] + window]", "starts[:batch_size, None] + window")),
+        ("Another seed gave the same batches", ("def forever():", "generator = torch.Generator().manual_seed(0)\n\n    def forever():")),
+        ("Some offsets below context_length never come", ("torch.randint(min(context_length, end)", "torch.randint(max(1, min(context_length, end) - 1)")),
+        ("should be int64", ("yield windows[:, :-1], windows[:, 1:]", "yield windows[:, :-1].int(), windows[:, 1:].int()")),
         ("inputs themselves", ("windows[:, 1:]", "windows[:, :-1]")),
         (
             "one token earlier",
@@ -563,6 +570,9 @@ MISTAKES = {
         ("check outside of it", ("return forever()", "yield from forever()")),
     ],
     "bits_per_byte": [
+        ("in its last digits", ("math.log(2)", "0.69315")),
+        ("Return a float", ("nats_per_token / math.log(2) * n_tokens / n_bytes", "torch.tensor(nats_per_token / math.log(2) * n_tokens / n_bytes)")),
+        ("n_bytes=-1 should raise", ("n_bytes >= 1", "n_bytes != 0")),
         ("still in nats", (" / math.log(2)", "")),
         ("multiply by ln 2", ("/ math.log(2)", "* math.log(2)")),
         ("bits per token", (" * n_tokens / n_bytes", "")),

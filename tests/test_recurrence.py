@@ -27,7 +27,7 @@ from mythoslab.recurrence import (
     save_forest,
     train_forest,
 )
-from tests.mistakes import mistakes_are_named
+from tests.mistakes import edited, mistakes_are_named
 
 
 @given(scale=st.floats(0.1, 1e4), seed=st.integers(0, 99))
@@ -448,7 +448,57 @@ class NormsInHalf(RMSNorm):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+class StaysAtTheLast(Loop):
+    def forward(self, inputs, n_passes):
+        state, states = inputs, []
+        for index in range(n_passes):
+            state = self.blocks[min(index, len(self.blocks) - 1)](self.norm(state) + inputs)
+            states.append(state)
+        return torch.stack(states)
+
+
+class OddAndEven(Loop):
+    def forward(self, inputs, n_passes):
+        if n_passes < 1:
+            raise ValueError("no pass")
+        state, states = inputs, []
+        for index in range(n_passes):
+            state = self.blocks[-(index % 2)](self.norm(state) + inputs)
+            states.append(state)
+        return torch.stack(states)
+
+
+class OfCopies(Loop):
+    def __init__(self, blocks, dim):
+        super().__init__(copy.deepcopy(blocks), dim)
+
+
+class HidesSomewhat(Attention):
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.rope_theta is not None:
+            angles = rotary_angles(x.shape[1], query.shape[-1], self.rope_theta)
+            query, key = rotate(query, angles), rotate(key, angles)
+        scores = query @ key.mT * query.shape[-1] ** -0.5
+        if self.causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -20.0)
+        return self.out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+
+class OneAtATime(Attention):
+    def forward(self, x):
+        return super().forward(x).squeeze(0)
+
+
 MISTAKES = [
+    ("Loop", StaysAtTheLast, "yours stays at the last"),
+    ("Loop", OddAndEven, "the order is wrong"),
+    ("Loop", OfCopies, "blocks holds copies"),
+    ("Attention", HidesSomewhat, "mask with −infinity"),
+    ("Attention", OneAtATime, "should have the shape (1, 5, 12), and it has (5, 12)"),
+    ("rotate", edited("recurrence", "rotate", ("x.chunk(2, -1)", "(x[:, :, : x.shape[-1] // 2], x[:, :, x.shape[-1] // 2 :])")), "halve the last dimension"),
+    ("rotate", lambda x, angles: rotate(x.float(), angles).to(torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32), "float16 came in"),
+    ("rotary_angles", lambda n_positions, head_dim, theta=500.0: rotary_angles(n_positions, head_dim, theta), "theta left out"),
     ("RMSNorm", WritesToItsInput, "x has changed"),
     ("rotate", writes_back, "x has changed"),
     ("Attention", StoresItsMask, "persistent=False"),

@@ -12,8 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mythoslab.classroom.checks import check
 from mythoslab.recurrence import Block
-from mythoslab.stability import LTIInjection, inject_beside_block, inject_then_block, spectral_radius
-from tests.mistakes import mistakes_are_named
+from mythoslab.stability import (
+    LTIInjection,
+    inject_beside_block,
+    inject_then_block,
+    spectral_radius,
+)
+from tests.mistakes import edited, mistakes_are_named
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 seeds = st.integers(0, 999)
@@ -309,7 +314,38 @@ class FixedDecay(LTIInjection):
         return super().decay().detach()
 
 
+def block_reads_each(injection, block, state, inputs):
+    return injection(state, inputs) + block(state) + block(inputs)
+
+
+class Stored(LTIInjection):
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.register_buffer("least", torch.tensor(1e-6))
+
+
+class ClampsTooEarly(LTIInjection):
+    def decay(self):
+        return torch.exp(-self.log_rate.clamp(-3, 1).exp())
+
+
+class ForwardOfItsOwn(LTIInjection):
+    def forward(self, state, inputs):
+        super().forward(state, inputs)
+        decay = torch.exp(-torch.exp(self.log_rate))
+        return decay * state + (1 - decay) * self.inputs(inputs)
+
+
 MISTAKES = [
+    ("spectral_radius", edited("stability", "spectral_radius", (".amax(-1)", ".amax(0)")), "should have the shape (3,), and it has (2,)"),
+    ("spectral_radius", edited("stability", "spectral_radius", ("return matrix.abs().max()", "return matrix.min().abs()")), "largest absolute value"),
+    ("spectral_radius", edited("stability", "spectral_radius", ("matrix if matrix.dtype == torch.float64 else matrix.float()", "matrix.float()")), "leave float64"),
+    ("spectral_radius", edited("stability", "spectral_radius", ("if not matrix.isfinite().all():", "if False:")), "before the eigenvalues are asked for"),
+    ("inject_then_block", lambda injection, block, state, inputs: block(injection(state.detach(), inputs)), "gradient"),
+    ("inject_beside_block", block_reads_each, "let it read their sum, once"),
+    ("LTIInjection", Stored, "least would be stored"),
+    ("LTIInjection", ClampsTooEarly, "clamp only at what"),
+    ("LTIInjection", ForwardOfItsOwn, "call decay(), which clamps"),
     ("LTIInjection", ClampsTheRate, "clamp log_rate itself"),
     ("inject_beside_block", writes_to_the_state, "have changed"),
     ("LTIInjection", StartsAlike, "evenly from −2 to 1"),

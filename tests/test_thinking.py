@@ -29,7 +29,7 @@ from mythoslab.thinking import (
     think,
     write_text,
 )
-from tests.mistakes import mistakes_are_named
+from tests.mistakes import edited, mistakes_are_named
 
 SMALL = MythosConfig(vocab_size=31, dim=16, n_heads=4, hidden_dim=24, n_passes=2, context_length=24, halting="settled")
 COUNTS = torch.tensor([11, 3, 7, 11, 1])
@@ -585,7 +585,43 @@ def takes_anything(logits, top_p):
     return nucleus(logits, min(max(top_p, 1e-6), 1.0))
 
 
+class AlwaysOneHalf(Stopper):
+    def __init__(self, model, rule, threshold, shape):
+        super().__init__(model, rule, threshold, shape)
+        if rule == "ponder":
+            self.threshold = 0.5
+
+
+class TellsNumbers(Stopper):
+    def stops(self, *given):
+        return super().stops(*given).float()
+
+
+class TakesTurns(Gathered):
+    def slot(self, pass_index):
+        return self.memory[pass_index % len(self.memory)]
+
+
+class PlacesOfTheFirst(Gathered):
+    def carry(self, pass_index, rows, places):
+        super().carry(pass_index, rows, places[:1].expand_as(places))
+
+
+class OneDtype(Gathered):
+    def write(self, new, pass_index):
+        slot = self.slot(pass_index)
+        slot[self.rows.unsqueeze(1), self.places] = new
+        return slot[self.rows, : self.n_seen]
+
+
 MISTAKES = [
+    ("Stopper", AlwaysOneHalf, "'ponder' ignores its threshold"),
+    ("Stopper", TellsNumbers, "True or False"),
+    ("Gathered", TakesTurns, "later ones share the last"),
+    ("Gathered", PlacesOfTheFirst, "What is kept is off"),
+    ("Gathered", OneDtype, "may be in another dtype"),
+    ("nucleus", edited("thinking", "nucleus", ("ordered.softmax(-1)", "ordered.exp() / ordered.exp().sum()")), "Large logits overflow"),
+    ("nucleus", edited("thinking", "nucleus", ("require(0 < top_p <= 1,", "require(top_p != 0 and not top_p > 1,")), "top_p below 0"),
     ("Stopper", Fearless, "head is unsure"),
     ("Stopper", LooksBack, "wrong way round"),
     ("Stopper", Forgets, "forgets what earlier passes gave"),

@@ -70,7 +70,7 @@ from mythoslab.training import (
     train_halting,
     training_step,
 )
-from tests.mistakes import mistakes_are_named
+from tests.mistakes import edited, mistakes_are_named
 
 SHAPE = dict(dim=32, n_heads=2, hidden_dim=64, n_passes=2, context_length=32)
 SMALL = dict(dim=16, n_heads=2, hidden_dim=24, n_passes=2, context_length=64)
@@ -2011,7 +2011,8 @@ def test_a_run_that_is_being_measured_is_not_gone_on_with_by_another(small, monk
     pytest.importorskip("fcntl", reason="this system has no locks to test")
     words, out = small
     stopped_at(monkeypatch, words, 3)
-    run, before = out.with_name("mine.training"), capsys.readouterr()
+    run = out.with_name("mine.training")
+    capsys.readouterr()
     with training.alone_in(run):
         assert cli.main([*words, "--resume"]) == 2
     assert f"another run is writing to {run}" in capsys.readouterr().err
@@ -2481,6 +2482,15 @@ def cut_short(model, tokens, n_bytes, *, n_passes=None):
 
 
 MISTAKES = [
+    ("held_out_bits", edited("training", "held_out_bits", ("model(windows[:, :-1], n_passes)", "model(windows[:, :-1], n_passes or 1)")), "Without n_passes"),
+    ("held_out_bits", edited("training", "held_out_bits", ("max(1, context // 2)), last]", "max(1, context // 2)), *([last] if last % (context // 2) or not last else [])]")), "of their own accord"),
+    ("held_out_bits", edited("training", "held_out_bits", ("context // 2", "3")), "windows move on by context // 2"),
+    ("schedule", edited("training", "schedule", ("    rise =", "    if config.warm_up == 0:\n        return 1.0\n    rise =")), "With warm_up=0 alone"),
+    ("schedule", edited("training", "schedule", ("max(1, config.decay * n_steps)", "(config.decay * n_steps)")), "nothing divided by zero"),
+    ("schedule", edited("training", "schedule", ("return min(1.0, rise, fall)", "return torch.tensor(min(1.0, rise, fall))")), "Return a float"),
+    ("training_step", edited("training", "training_step", ("not torch.isfinite(loss)", "torch.isnan(loss)")), "A loss can be infinite"),
+    ("training_step", edited("training", "training_step", ("loss.backward()", "loss.backward(retain_graph=True)")), "without retain_graph"),
+    ("training_step", edited("training", "training_step", ("for compute in losses:", "for compute in losses[:2]:")), "should be computed once"),
     ("held_out_bits", cut_short, "last window is cut short"),
     ("training_step", mean_of_losses, "mean of the losses"),
     ("training_step", all_at_once, "or all are in memory at once"),

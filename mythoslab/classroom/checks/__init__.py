@@ -30,6 +30,7 @@ from ..saved import last_run
 __all__ = [
     "Mistake",
     "Steps",
+    "attempt",
     "check",
     "checks",
     "expect",
@@ -156,6 +157,14 @@ def _describe(error: Exception, module: str) -> str:
     ]
     place = f", in the line '{linecache.getline(*frames[-1]).strip()}'" if frames else ""
     return f"It raised {type(error).__name__}: {message}{place}."
+
+
+def attempt(call: Callable[[], Any], sentence: str) -> Any:
+    """What a call gives; a :class:`Mistake` with the sentence if PyTorch or Python cannot carry it out."""
+    try:
+        return call()
+    except (RuntimeError, IndexError, TypeError, ZeroDivisionError):
+        raise Mistake(sentence) from None
 
 
 def expect(holds: bool, sentence: str) -> None:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
+from . import attempt, checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
 
 
 _CHANGED = "halt_prob has changed: work on a copy, for training goes back through the numbers that were given."
@@ -15,6 +15,29 @@ def _refuses_bad_shares(function, name):
     for bad in (math.nan, -0.1, 1.1):
         numbers = torch.tensor([[0.2], [bad], [0.5]])
         expect_raises(ValueError, lambda: function(numbers), f"{name} with {bad} should raise a ValueError: shares lie between 0 and 1.")
+
+
+def _edges(function, ours, *threshold):
+    """Other shapes, shares of exactly 0 and 1, one pass alone, and the precision of other dtypes."""
+    edge = torch.tensor([[0.0, 1.0, 0.3], [0.5, 0.2, 1.0], [1.0, 0.0, 0.4], [0.3, 0.4, 0.0]])
+    expect_close(function(edge, *threshold).double(), ours(edge, *threshold).double(), "With shares of exactly 0 and 1 the result is wrong: do not divide by 1 − halt_prob, nor take its logarithm, and refuse neither.")
+    alone = edge[:1]
+    expect_close(function(alone, *threshold).double(), ours(alone, *threshold).double(), "With a single pass the result is wrong: the first is the last, and takes all.")
+    for shape in ((4,), (4, 2, 3), (3, 1, 5)):
+        other = torch.rand(shape) * 0.9
+        sentence = f"For halt_prob of shape {shape} the result is wrong: passes lie on dimension 0, and any number of dimensions follows."
+        expect_close(attempt(lambda: function(other, *threshold).double(), sentence), ours(other, *threshold).double(), sentence)
+
+
+def _sums_to_one(function):
+    for dtype, allowed in ((torch.float64, 1e-12), (torch.float16, 4e-3)):
+        for halt_prob in (torch.rand(30, 8, dtype=torch.float64) * 0.2, torch.full((400, 1), 0.0015, dtype=torch.float64)):
+            shares = function(halt_prob.to(dtype))
+            expect(shares.dtype == dtype, f"{str(dtype)[6:]} came in and {str(shares.dtype)[6:]} went out: hand back the dtype that came in.")
+            off = (shares.double().sum(0) - 1).abs().max().item()
+            expect(off < allowed, f"In {str(dtype)[6:]} the shares miss one by {off:.2g}: compute in float32 at least, and leave float64 as it is.")
+    shares = function(torch.cat((torch.rand(6, 500), torch.ones(1, 500), torch.rand(1, 500))))
+    expect(bool((shares >= 0).all()), f"A share is {shares.min().item():.2g}, by rounding: none may be negative, so clamp the rest, or multiply.")
 
 
 def _refuses_bad_thresholds(function):
@@ -60,6 +83,8 @@ def halting_distribution(halting_distribution):
     off = (many.double().sum(0) - 1).abs().max().item()
     expect(off < 0.02, f"In bfloat16 the shares of 64 passes miss one by {off:.2g}: multiply and add in float32, and round once.")
     _refuses_bad_shares(halting_distribution, "halt_prob")
+    _edges(halting_distribution, reference("halting").halting_distribution)
+    _sums_to_one(halting_distribution)
 
 
 @checks("exit_pass")
@@ -70,7 +95,9 @@ def exit_pass(exit_pass):
     expected = torch.tensor([4, 5, 2, 4])
     first = lambda holds: holds.int().argmax(0) + 1  # noqa: E731
     or_last = lambda holds: torch.where(holds.any(0), first(holds), 5)  # noqa: E731
+    given = halt_prob.clone()
     got = exit_pass(halt_prob, threshold)
+    expect(torch.equal(halt_prob, given), _CHANGED)
     expect_shape(got, (4,), "The exit pass of four tokens")
     expect(got.dtype == torch.int64, f"A number of passes is an int64, and this is {str(got.dtype)[6:]}.")
     expect_close(
@@ -89,6 +116,7 @@ def exit_pass(exit_pass):
         },
     )
     never = exit_pass(torch.full((6, 1), 0.1), 0.99)
+    expect(never.item() != 7, "A token that never reaches the threshold leaves after the last pass, 6, and here after 7: there is none, so go no further than the last.")
     expect(
         never.item() == 6,
         f"A token that never reaches the threshold leaves after the last pass, 6, and here after {never.item()}: where nothing holds, argmax is 0.",
@@ -98,6 +126,13 @@ def exit_pass(exit_pass):
     slow = exit_pass(torch.full((300, 1), 0.01, dtype=torch.bfloat16), 0.9).item()
     needed = reference("halting").exit_pass(torch.full((300, 1), 0.01, dtype=torch.bfloat16), 0.9).item()
     expect(slow == needed, f"In bfloat16 a token that gives 0.01 a pass leaves after {slow} passes in place of {needed}: accumulate in float32.")
+    small = torch.full((300, 1), 0.01, dtype=torch.float16)
+    slow, needed = exit_pass(small, 0.9).item(), reference("halting").exit_pass(small, 0.9).item()
+    expect(slow == needed, f"In float16 a token that gives 0.01 a pass leaves after {slow} passes in place of {needed}: accumulate in float32.")
+    whole = exit_pass(torch.tensor([[0.5], [0.995], [1.0], [0.2]]), 1.0).item()
+    expect(whole == 3, f"A threshold of 1 is reached where a halting probability is 1, here after pass 3, and yours leaves after {whole}.")
+    for limit in (0.9, 1.0):
+        _edges(exit_pass, reference("halting").exit_pass, limit)
     _refuses_bad_shares(exit_pass, "halt_prob")
     _refuses_bad_thresholds(exit_pass)
 
@@ -150,6 +185,11 @@ def act_weights(act_weights):
     expect(many.dtype == torch.bfloat16, f"bfloat16 came in and {str(many.dtype)[6:]} went out: hand back the dtype that came in.")
     needed = ours.act_weights(torch.full((300, 2), 0.004, dtype=torch.bfloat16), 0.9)
     expect_close(many.float(), needed.float(), "In bfloat16 the weights of 300 small passes are off: add up in float32, and round once.")
+    first = torch.tensor([[0.95], [0.3], [0.2]])
+    expect_close(act_weights(first, 0.9), torch.tensor([[1.0], [0.0], [0.0]]), "A token that stops after the first pass has paid nothing before it: its remainder is one.")
+    for limit in (0.9, 1.0):
+        _edges(act_weights, ours.act_weights, limit)
+    _sums_to_one(act_weights)
     _refuses_bad_shares(act_weights, "halt_prob")
     _refuses_bad_thresholds(act_weights)
 
@@ -192,6 +232,21 @@ def ponder_kl(ponder_kl):
         "The value is right, and its gradient at a share of 0 is infinite or nan, as that of xlogy and kl_div is. Times the zero slope of a head that is "
         "sure, it gives nan. Keep the logarithm finite: clamp the share to the smallest positive number, torch.finfo(dtype).tiny, before you take it.",
     )
+    expect_close(result.detach(), -torch.tensor([4 / 15]).log(), "For a sure distribution, [0, 1, 0, 0], the result is off: clamp inside the logarithm only, to the smallest positive number.")
+    expect_close(slope[1:2], 1 - torch.tensor([[4 / 15]]).log(), "For a sure distribution the gradient is wrong.")
     for bad in (0.0, 1.0):
         expect_raises(ValueError, lambda: ponder_kl(distribution, bad), f"A prior_rate of {bad:g} should raise a ValueError.")
+    for factor in (torch.tensor([1.0, 1.0, 1.5, 0.5]), 1.5):
+        expect_raises(ValueError, lambda: ponder_kl(distribution * factor, 0.3), "A token whose shares do not sum to one should raise a ValueError: look at each token's own sum, in both directions.")
     expect_raises(ValueError, lambda: ponder_kl(distribution / 2, 0.3), "A distribution that does not sum to one should raise a ValueError.")
+    for shape, prior_rate in (((1, 3), 0.01), ((9,), 0.9), ((5, 2, 3), 0.01), ((5, 2, 3), 0.9), ((64, 2), 0.1)):
+        other = (2 * torch.randn(shape)).softmax(0)
+        expect_close(
+            ponder_kl(other, prior_rate),
+            reference("halting").ponder_kl(other, prior_rate),
+            f"For a distribution of shape {shape} and prior_rate={prior_rate} the result is wrong: passes lie on dimension 0, and any number of dimensions follows.",
+            rtol=1e-3,
+            atol=1e-4,
+        )
+    rounded = reference("halting").halting_distribution(torch.rand(40, 8).mul(0.1).bfloat16())
+    expect(bool(ponder_kl(rounded, 0.3).isfinite().all()), "In bfloat16 the result is nan or infinite.")

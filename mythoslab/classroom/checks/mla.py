@@ -3,7 +3,7 @@
 import torch
 from torch.utils._pytree import tree_leaves
 
-from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
+from . import attempt, checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
 
 
 @checks("GroupedQueryAttention")
@@ -56,13 +56,27 @@ def grouped_query_attention(GroupedQueryAttention):
         )
         expect_close(kept[1], value, "A cache should keep the values of the shared heads, as they are.")
     ours = reference("mla").GroupedQueryAttention(16, 4, 2)
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=False)  # buffers of theirs are welcome
     expect_gradients(theirs, ours, x)
+    for dim, n_heads, n_kv_heads in ((48, 6, 2), (24, 4, 1), (24, 4, 4)):
+        which = f"GroupedQueryAttention({dim}, {n_heads}, {n_kv_heads})"
+        ours, other = (kind(dim, n_heads, n_kv_heads) for kind in (reference("mla").GroupedQueryAttention, GroupedQueryAttention))
+        expect(
+            all(getattr(other, name).weight.shape == getattr(ours, name).weight.shape for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+            f"{which} should have n_kv_heads × (dim // n_heads) = {n_kv_heads} × {dim // n_heads} channels of keys and of values.",
+        )
+        other.load_state_dict(ours.state_dict(), strict=False)
+        inputs = 3 * torch.randn(1, 5, dim)
+        sentence = f"{which} is off: a head has dim // n_heads channels, n_heads // n_kv_heads neighbours share a key head, and scores are divided by the root of the channels of a head."
+        with torch.no_grad():
+            got, needed = (attempt(lambda: (part(inputs), *part.keys_and_values(inputs)), sentence) for part in (other, ours))
+        for part, right in zip(got, needed):
+            expect_close(part, right, sentence)
     expect_raises(ValueError, lambda: GroupedQueryAttention(16, 4, 3), "3 key heads for 4 query heads should raise a ValueError.")
     expect_raises(ValueError, lambda: GroupedQueryAttention(18, 4, 2), "18 channels for 4 heads should raise a ValueError.")
     slow = reference("mla").GroupedQueryAttention(16, 4, 2, rope_theta=20.0)
     theirs = GroupedQueryAttention(16, 4, 2, rope_theta=20.0)
-    theirs.load_state_dict(slow.state_dict())
+    theirs.load_state_dict(slow.state_dict(), strict=False)
     with torch.no_grad():
         for kept, needed in zip((theirs(x), *theirs.keys_and_values(x)), (slow(x), *slow.keys_and_values(x))):
             expect_close(kept, needed, "rope_theta has no effect: hand it to rotary_angles, for queries and keys.")
@@ -169,7 +183,9 @@ def _by_hand(query, kept, up, scale, *, causal="last", rope=True, swapped=False,
 def _check_attention(attend, sentence):
     query, kept, up = torch.randn(2, 3, 4, 12), 2 * torch.randn(2, 9, 14), torch.randn(3, 16, 10)
     arguments = query, kept, up, 0.4
+    given = [part.clone() for part in arguments[:3]]
     got = attend(*arguments)
+    expect(all(map(torch.equal, given, arguments)), "You change what was handed in: make new tensors, query * scale and not query *= scale.")
     expect_shape(got, (2, 3, 4, 8), "The output, (batch, head, query, v),")
     expect_close(
         got,
@@ -200,6 +216,8 @@ def _check_attention(attend, sentence):
     except (RuntimeError, IndexError):
         got = None
     expect(got is not None and got.shape == (2, 3, 4, 5) and torch.allclose(got, _by_hand(*narrow), atol=1e-4), halves)
+    other = torch.randn(1, 2, 4, 7), torch.randn(1, 6, 8), torch.randn(2, 9, 5), 0.4  # rank 5, rotated 3, 4 + 5 rows
+    expect_close(attend(*other), _by_hand(*other), "With other numbers of heads and channels it is off: read them from the shapes of query, kept and up.", atol=1e-4)
     alone = query[:, :, -1:], kept, up, 0.4
     expect_close(attend(*alone), _by_hand(*alone), "A single query, the last position, should see every key.", atol=1e-4)
     square = torch.randn(2, 3, 9, 12), kept, up, 0.4

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from . import checks, expect, expect_close, expect_raises, expect_shape, reference
+from . import attempt, checks, expect, expect_close, expect_raises, expect_shape, reference
 
 
 def beside(learners, name: str, topic: str):
@@ -386,15 +386,15 @@ def sample(sample):
         )
         return torch.tensor(drawn).bincount(minlength=5) / 2000
 
-    expect(
-        sample(logits, temperature=0) == 2,
-        "At temperature 0 take the most likely token: argmax, and no division by zero.",
-    )
-    first, second = (
-        [sample(logits, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
-        for _ in range(2)
-    )
-    expect(first == second, "The same seed gives different tokens: hand the generator to torch.multinomial.")
+    best = sample(logits, temperature=0)
+    expect(best == 2, "At temperature 0 take the most likely token: argmax, and no division by zero.")
+    expect(isinstance(best, int), "Return the token as an int at temperature 0, too: int(…) of the argmax.")
+    for top_k in (None, 3):
+        first, second = (
+            [sample(logits, temperature=2.0, top_k=top_k, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+            for _ in range(2)
+        )
+        expect(first == second, "The same seed gives different tokens: hand the generator to torch.multinomial, with top_k and without.")
     best = torch.eye(5)[2]
     expect_close(
         shares(temperature=2.0),
@@ -410,6 +410,12 @@ def sample(sample):
                 (5,), 0.2
             ),
         },
+        atol=0.035,
+    )
+    expect_close(
+        shares(temperature=0.5),
+        (logits * 2).softmax(0),
+        "At a temperature below one the chances are off: only 0 itself always takes the most likely.",
         atol=0.035,
     )
     order = logits.argsort(descending=True)
@@ -456,7 +462,17 @@ def sample(sample):
         len({sample(alike, top_k=2, generator=draw) for _ in range(100)}) == 2,
         "Of three tokens that are alike top_k=2 should keep two: go by the indices of topk, not by the k-th logit.",
     )
-    sample(logits, top_k=50)
+    with_top_k = "At temperature 0 take the most likely token with top_k, too."
+    expect(attempt(lambda: sample(logits, temperature=0, top_k=3), with_top_k) == 2, with_top_k)
+    for shift in (0, 1000):
+        overflow = "Large logits, or those divided by a small temperature, go wrong: softmax does not overflow, exp does."
+        expect(attempt(lambda: {sample(logits + shift, temperature=0.01) for _ in range(20)}, overflow) == {2}, overflow)
+    for top_k in (4, 50):
+        expect(
+            len({sample(torch.zeros(4), top_k=top_k, generator=draw) for _ in range(200)}) == 4,
+            "top_k as large as the vocabulary, or larger, leaves every token.",
+        )
+    expect(sample(logits, top_k=1) == 2, "With top_k=1 the most likely token alone is left.")
     expect_raises(
         ValueError,
         lambda: sample(logits, temperature=-1.0),
@@ -464,3 +480,5 @@ def sample(sample):
     )
     expect_raises(ValueError, lambda: sample(logits, temperature=math.inf), "An infinite temperature should raise a ValueError.")
     expect_raises(ValueError, lambda: sample(logits, top_k=0), "top_k=0 leaves no token: raise a ValueError.")
+    expect_raises(ValueError, lambda: sample(logits, top_k=-1), "A top_k below 1 should raise a ValueError.")
+    expect_raises(ValueError, lambda: sample(logits, temperature=math.nan), "A temperature that is not a number should raise a ValueError: ask 0 <= temperature < math.inf.")

@@ -36,10 +36,11 @@ def climb(climb):
         dtype = str(numbers.dtype)[6:]
         expect(numbers.dtype == torch.int64, f"The {name} is a whole number, int64, and yours is {dtype}: sums of bool stay bool, so begin with .long().")
     if torch.equal(root, true_root) and torch.equal(depth, true_depth):
-        chain = torch.arange(4096).sub(1).clamp(min=0).unsqueeze(0)
-        with Steps("The numbers are right, and you climb link by link: let every node jump to where its pointer points, in log2(n) rounds.", 1000):
+        chain = torch.arange(5000).sub(1).clamp(min=0)
+        chain = torch.stack((torch.zeros_like(chain), chain))
+        with Steps("The numbers are right, and you climb link by link: let every node jump to where its pointer points, in log2(n) rounds.", 200):
             far = climb(chain)[1].max()
-        expect(int(far) == 4095, "On a chain of 4096 nodes not all arrive: the rounds must grow with the number of nodes, log2(n) rounded up.")
+        expect(int(far) == 4999, "On a chain of 5000 nodes, in the second row, not all arrive: the rounds must grow with the number of nodes, log2(n) rounded up.")
         return
     chain, true_chain = depth[0].tolist(), true_depth[0].tolist()
     first_row = torch.equal(root[0], true_root[0]) and chain == true_chain
@@ -159,6 +160,29 @@ def two_chains(two_chains):
         int(draw(n_labels=40).node.max()) >= 2 * length,
         "With n_labels=40 the labels still come from the first few: pass n_labels on.",
     )
+    many = two_chains(12_000, length=2, n_colours=4, generator=seeded(0))
+    met = many.colour[many.node == many.parent].view(-1, 2) @ torch.tensor([5, 1])
+    share = torch.bincount(met, minlength=25)[[5 * a + b for a in range(1, 5) for b in range(1, 5) if a != b]] / 1000
+    expect(
+        bool(((share - 1).abs() < 0.15).all()),
+        "Some pairs of colours come up more often than others: all should be equally likely, so do not mend a second colour that equals the first.",
+    )
+    for size, colours in ((1, 2), (4, 7)):
+        other = two_chains(200, length=size, n_colours=colours, generator=seeded(0))
+        expect_shape(other.node, (200, 2 * size), f"With length={size} each field")
+        right = bool(((other.depth == size - 1).sum(1) == 2).all()) and other.answer.unique().tolist() == list(range(1, colours + 1))
+        expect(right, f"With length={size} and n_colours={colours} depths or colours are wrong: use the arguments, no sizes of your own.")
+    generator, state = seeded(0), torch.get_rng_state()
+    one, two = (two_chains(20, length=4, n_colours=4, generator=generator).node for _ in range(2))
+    expect(not torch.equal(one, two), "Two draws from one generator are the same: use `generator` itself, not a copy of it or its seed.")
+    expect(torch.equal(state, torch.get_rng_state()), "The global generator has changed: draw everything from `generator`.")
+    same = lambda answer: (answer[:, 1:] == answer[:, :-1]).float().mean().item()  # noqa: E731
+    by_label = batch.answer.gather(1, batch.node.argsort(1))
+    expect(
+        all(abs(same(answer) - (length - 1) / (2 * length - 1)) < 0.05 for answer in (batch.answer, by_label))
+        and (batch.node == position).float().mean().item() < 0.2,
+        "A chain lies together, or the list is in the order of its labels: shuffle labels and positions with two independent draws over both chains.",
+    )
     answer_of_root = [dict(zip(n, c)) for n, c in zip(batch.node.tolist(), batch.colour.tolist())]
     parents = [dict(zip(n, p)) for n, p in zip(batch.node.tolist(), batch.parent.tolist())]
     for i in range(20):
@@ -193,6 +217,7 @@ def text_batches(text_batches):
     for inputs, targets in drawn:
         expect_shape(inputs, (4, 6), "The inputs")
         expect_shape(targets, (4, 6), "The targets")
+        expect(inputs.dtype == targets.dtype == torch.int64, "The inputs and targets should be int64, as the tokens are.")
     inputs = torch.cat([inputs for inputs, _ in drawn])
     targets = torch.cat([targets for _, targets in drawn])
     expect(
@@ -249,20 +274,36 @@ def text_batches(text_batches):
             "number of tokens minus context_length minus 1, and a batch that an epoch cannot fill goes on in the next."
         ):
             shortest = next(text_batches(torch.arange(7), **options, generator=seeded(0)), None)
-    except (ValueError, RuntimeError):
+    except RuntimeError as error:
+        raise Mistake(f"A text of context_length + 1 tokens raises '{str(error).splitlines()[0]}': an offset behind the last start leaves no window.") from None
+    except ValueError:
         shortest = None
     expect(
         shortest is not None and shortest[1].max() == 6,
         "A text of context_length + 1 tokens holds exactly one window: the last start is the number of "
         "tokens minus context_length minus 1.",
     )
+    first_inputs = drawn[0][0]
+    other = next(text_batches(tokens, **options, generator=seeded(1)))[0]
+    expect(not torch.equal(other, first_inputs), "Another seed gave the same batches: draw everything from `generator`, not from one of your own.")
+    elsewhere = next(text_batches(tokens + 500, **options, generator=seeded(0)))[0]
+    expect(torch.equal(elsewhere, first_inputs + 500), "You hand out the places of the tokens: read what stands there, tokens[places].")
+    more = text_batches(tokens, batch_size=100, context_length=6, generator=seeded(0))
+    places = torch.cat([next(more)[0][:, 0] for _ in range(16)])
+    expect(len(set((places % 6).tolist())) == 6, "Some offsets below context_length never come: draw from all of 0 … context_length − 1.")
+    single = text_batches(torch.arange(9), batch_size=8, context_length=1, generator=seeded(0))
+    epochs = [next(single)[0].flatten() for _ in range(3)]
+    expect(all(epoch.sort().values.tolist() == list(range(8)) for epoch in epochs), "With context_length=1 not every token but the last is read once in an epoch.")
+    expect(not torch.equal(epochs[0], epochs[1]), "Every epoch comes in the same order: shuffle anew in each.")
+    expect_shape(shortest[0], (4, 6), "A batch from a text of one window: lay epochs until it is full (while, not if); it")
     expect_raises(
         ValueError,
         lambda: text_batches(torch.arange(6), **options, generator=seeded(0)),
         "Too short a text should raise a ValueError at once: a function with `yield` runs nothing before the "
         "first next(), so check outside of it.",
     )
-    for bad in (dict(batch_size=0), dict(context_length=0)):
+    expect_raises(ValueError, lambda: text_batches(torch.arange(3), **options, generator=seeded(0)), "A text shorter than a context should raise a ValueError.")
+    for bad in (dict(batch_size=0), dict(context_length=0), dict(batch_size=-1), dict(context_length=-1)):
         ((name, value),) = bad.items()
         expect_raises(ValueError, lambda: text_batches(tokens, **{**options, **bad}, generator=seeded(0)), f"{name}={value} should raise a ValueError.")
 
@@ -295,8 +336,8 @@ def bits_per_byte(bits_per_byte):
         torch.tensor(expected, dtype=torch.float64),
         "The number is wrong: nats per token, over ln 2, times tokens, over bytes.",
     )
-    expect_raises(
-        ValueError,
-        lambda: bits_per_byte(1.0, 0, 0),
-        "n_bytes=0 should raise a ValueError that says what is needed.",
-    )
+    expect(isinstance(value, float), f"Return a float, and not a {type(value).__name__}.")
+    again = bits_per_byte(1.7, 30, 41)
+    expect(math.isclose(again, 1.7 / math.log(2) * 30 / 41, rel_tol=1e-9), "The number is off in its last digits, or for other arguments: divide by math.log(2), and do not round.")
+    for n_tokens, n_bytes in ((0, 0), (10, 0), (10, -1)):
+        expect_raises(ValueError, lambda: bits_per_byte(1.0, n_tokens, n_bytes), f"n_bytes={n_bytes} should raise a ValueError that says what is needed.")

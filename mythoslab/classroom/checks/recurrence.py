@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
+from . import attempt, checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
 
 
 @checks("RMSNorm")
@@ -56,6 +56,13 @@ def rms_norm(RMSNorm):
         half.dtype == torch.float16 and bool((half - 1).abs().max() < 0.01),
         "In float16 a token of 300s comes out wrong: its squares overflow, so take them in float32, and hand back the dtype that came in.",
     )
+    five = torch.randn(2, 5)
+    expect_close(RMSNorm(5)(five), F.rms_norm(five, (5,), eps=1e-6), "With five channels the result is off: use dim, no number of your own.")
+    many = torch.randn(500, 8).bfloat16()
+    got = RMSNorm(8).bfloat16()(many)
+    expect(got.dtype == torch.bfloat16, f"bfloat16 came in and {str(got.dtype)[6:]} went out: hand back the dtype that came in.")
+    off = (got.float() / F.rms_norm(many.float(), (8,), eps=1e-6) - 1).abs().max()
+    expect(bool(off < 0.0045), "In bfloat16 the result is off: take squares and mean in float32, and round once.")
 
 
 @checks("rotary_angles")
@@ -80,6 +87,15 @@ def rotary_angles(rotary_angles):
             "theta is not used: the base of the wavelengths is an argument.": reference("recurrence").rotary_angles(6, 8),
         },
     )
+    for sizes in ((300, 6), (2, 16)):
+        got, needed = rotary_angles(*sizes), reference("recurrence").rotary_angles(*sizes)
+        expect_shape(got, needed.shape, "rotary_angles({}, {})".format(*sizes))
+        expect_close(
+            torch.cat((got.cos(), got.sin())).float(),
+            torch.cat((needed.cos(), needed.sin())),
+            "With {} positions, {} channels and theta left out the angles are off: use the arguments, and keep positions exact.".format(*sizes),
+            atol=1e-3,
+        )
     expect_raises(ValueError, lambda: rotary_angles(6, 7), "Channels turn in pairs: an odd head_dim should raise a ValueError.")
 
 
@@ -113,8 +129,13 @@ def rotate(rotate):
             "The halves are joined in the wrong order.": torch.cat((first * sin + second * cos, first * cos - second * sin), -1),
         },
     )
-    half = rotate(x.bfloat16(), angles)
-    expect(half.dtype == torch.bfloat16, f"bfloat16 came in and {str(half.dtype)[6:]} went out: bring cosines and sines to the dtype of x.")
+    for shape in ((2, 3, 6, 8), (6, 8), (2, 6, 4)):
+        other, turn = torch.randn(shape), reference("recurrence").rotary_angles(6, shape[-1])
+        sentence = f"A tensor of shape {shape} is turned wrong: halve the last dimension, x.chunk(2, -1), whatever stands before it."
+        expect_close(attempt(lambda: rotate(other, turn), sentence), reference("recurrence").rotate(other, turn), sentence)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        got = rotate(x.to(dtype), angles)
+        expect(got.dtype == dtype, f"{str(dtype)[6:]} came in and {str(got.dtype)[6:]} went out: bring cosines and sines to the dtype of x.")
     expect_gradients(lambda x: rotate(x, angles), lambda x: reference("recurrence").rotate(x, angles), x)
 
 
@@ -153,6 +174,12 @@ def attention(Attention):
         )
         expect_gradients(theirs, ours, x)
         kept = [getattr(theirs, name, "missing") for name in ("n_heads", "causal", "rope_theta")]
+        more, less = Attention(12, 3, causal=causal, rope_theta=theta), reference("recurrence").Attention(12, 3, causal=causal, rope_theta=theta)
+        less.load_state_dict(more.state_dict())
+        for shape in ((1, 5, 12), (1, 300, 12), (2, 1, 12), (2, 7, 12)):
+            other = torch.randn(shape)
+            expect_close(more(other), less(other), f"Attention(12, 3) is wrong for the shape {shape}, after other shapes: keep nothing from call to call, no fixed sizes, no squeeze.")
+        expect_close(more(20 * other), less(20 * other), "Where scores are large, hidden tokens shine through, or scores overflow: mask with −infinity, before the softmax.")
         expect(kept == [2, causal, theta], "Attention should keep n_heads, causal and rope_theta under these names: notebook 05 reads them.")
 
 
@@ -173,6 +200,9 @@ def _attention_mistakes(ours, x):
             torch.func.functional_call(ours, {"qkv.weight": by_head}, x)
         ),
         "Scores are not divided by the root of head_dim.": finish(scale=1.0),
+        "The softmax runs over the queries: let it run over the keys, the last dimension of the scores.": ours.out(
+            ((query @ key.mT / 8**0.5).masked_fill(torch.ones(6, 6).triu(1).bool() & ours.causal, -torch.inf).softmax(-2) @ value).transpose(1, 2).flatten(2)
+        ),
         "Scores are divided by the root of dim: each head has only head_dim channels.": finish(scale=16**-0.5),
         "With causal=False every token should see every other: yours hides later ones.": finish(causal=True),
         "rope_theta has no effect: rotate queries and keys before they meet.": finish(*plain),
@@ -230,6 +260,9 @@ def loop(Loop):
             "Pass r should run block r % len(blocks): yours runs the first block only.": run(
                 lambda block, s: block(ours.norm(s) + x), order=(0,) * 5
             ),
+            "After the last block comes the first again: yours stays at the last.": run(
+                lambda block, s: block(ours.norm(s) + x), order=(0, 1, 1, 1, 1)
+            ),
             "Every pass runs all blocks: pass r runs one, r % len(blocks).": run(
                 lambda block, s: second(ours.norm(first(ours.norm(s) + x)) + x)
             ),
@@ -239,5 +272,17 @@ def loop(Loop):
         },
     )
     expect_gradients(theirs, ours, x, 5)
-    expect_raises(ValueError, lambda: theirs(x, 0), "Zero passes make no answer: raise a ValueError.")
+    expect(theirs.blocks[0] is first, "blocks holds copies: put the given modules into the nn.ModuleList.")
+    for n_blocks in (1, 3):
+        ours = reference("recurrence").Loop([nn.Linear(8, 8) for _ in range(n_blocks)], 8)
+        theirs = Loop(list(ours.blocks), 8)
+        theirs.load_state_dict(ours.state_dict())
+        for n_passes in (1, 7):
+            expect_close(
+                theirs(x, n_passes),
+                ours(x, n_passes),
+                f"With {n_blocks} block{'s' * (n_blocks > 1)} and {n_passes} passes the order is wrong: pass r runs blocks[r % len(blocks)], r from 0.",
+            )
+    for n_passes in (0, -1):
+        expect_raises(ValueError, lambda: theirs(x, n_passes), f"{n_passes} passes make no answer: raise a ValueError.")
     expect_raises(ValueError, lambda: Loop([], 8), "A loop without a block should raise a ValueError.")

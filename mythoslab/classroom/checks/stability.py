@@ -2,8 +2,18 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import checks, expect, expect_close, expect_gradients, expect_raises, expect_shape, reference
+
+
+class _Finite(TorchDispatchMode):
+    """Refuse nan and infinity to torch.linalg, whose library may end the whole process over them."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "linalg" in function.name() and not args[0].isfinite().all():
+            raise RuntimeError("nan or infinity")
+        return function(*args, **(kwargs or {}))
 
 
 @checks("spectral_radius")
@@ -30,18 +40,37 @@ def spectral_radius(spectral_radius):
         )
     many = torch.stack((symmetric, turning))
     expect_shape(spectral_radius(many), (2,), "The radius of two matrices")
-    expect_close(
-        spectral_radius(torch.tensor([0.5, -0.9])),
-        torch.tensor(0.9),
-        "A vector is the diagonal of a matrix: its radius is the largest absolute value.",
-    )
+    for batch in (torch.randn(3, 2, 2), torch.randn(2, 3, 4, 4)):
+        expect_close(
+            spectral_radius(batch),
+            torch.linalg.eigvals(batch).abs().amax(-1),
+            f"Of matrices in the shape {tuple(batch.shape)} the radii are wrong: one each, over the last dimension of the eigenvalues.",
+        )
+    for diagonal in ([0.5, -0.9], [0.9, -0.5, 0.1]):
+        expect_close(
+            spectral_radius(torch.tensor(diagonal)),
+            torch.tensor(0.9),
+            "A vector is the diagonal of a matrix: its radius is the largest absolute value.",
+        )
+    barely = torch.tensor([[1 - 1e-9, 1.0], [0.0, 0.5]], dtype=torch.float64)
+    expect(bool(spectral_radius(barely) < 1), "In float64 a radius of 1 − 1e-9 comes out as 1: leave float64 as it is, and widen only narrower dtypes.")
     expect_raises(ValueError, lambda: spectral_radius(torch.zeros(2, 3)), "A matrix that is not square has no eigenvalues: raise a ValueError.")
-    for bad, what in ((torch.full((2, 2), float("nan")), "with nan"), (torch.full((2, 2), float("inf")), "with infinity"), (torch.zeros(0, 0), "that is empty")):
-        expect_raises(ValueError, lambda: spectral_radius(bad), f"A matrix {what} should raise a ValueError.")
+    expect_raises(ValueError, lambda: spectral_radius(torch.zeros(3, 2, 3)), "Matrices that are not square have no eigenvalues: raise a ValueError.")
+    for shape, name in (((2, 2), "matrix"), ((3, 2, 2), "batch"), ((2,), "diagonal")):
+        for value, what in ((float("nan"), "with nan"), (float("inf"), "with infinity")):
+            bad = torch.ones(shape)
+            bad[(-1,) * len(shape)] = value
+            with _Finite():
+                expect_raises(ValueError, lambda: spectral_radius(bad), f"A {name} {what} should raise a ValueError, before the eigenvalues are asked for.")
+    for shape in ((0, 0), (0,)):
+        expect_raises(ValueError, lambda: spectral_radius(torch.zeros(shape)), f"The shape {shape} is empty: raise a ValueError.")
     for dtype in (torch.int64, torch.complex64):
-        expect_raises(ValueError, lambda: spectral_radius(torch.ones(2, 2, dtype=dtype)), f"A matrix of {str(dtype)[6:]} should raise a ValueError.")
-    half = spectral_radius(symmetric.bfloat16())
-    expect(half.dtype == torch.bfloat16, f"bfloat16 came in and {str(half.dtype)[6:]} went out: hand back the dtype that came in.")
+        for shape, name in (((2, 2), "matrix"), ((2,), "diagonal")):
+            expect_raises(ValueError, lambda: spectral_radius(torch.ones(shape, dtype=dtype)), f"A {name} of {str(dtype)[6:]} should raise a ValueError.")
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for matrix in (symmetric, symmetric[0]):
+            half = spectral_radius(matrix.to(dtype))
+            expect(half.dtype == dtype, f"{str(dtype)[6:]} came in and {str(half.dtype)[6:]} went out: hand back the dtype that came in.")
 
 
 @checks("LTIInjection")
@@ -56,8 +85,14 @@ def lti_injection(LTIInjection):
     with torch.no_grad():
         ours.log_rate.copy_(torch.tensor([-2.0, -1.0, 0.0, 0.5]))
         ours.inputs.weight.add_(0.3 * torch.randn(4, 4))
+    more = sorted(theirs.state_dict().keys() - ours.state_dict().keys())
+    expect(not more, f"{', '.join(more)} would be stored with the weights: register_buffer(…, persistent=False), or keep a number.")
     theirs.load_state_dict(ours.state_dict())
     rate = ours.log_rate.exp()
+    wide_ours, wide_theirs = reference("stability").LTIInjection(3), LTIInjection(3)
+    with torch.no_grad():
+        for part in (wide_ours, wide_theirs):
+            part.log_rate.copy_(torch.tensor([-12.0, -5.0, 4.0]))
     expect_close(
         theirs.decay(),
         ours.decay(),
@@ -71,7 +106,12 @@ def lti_injection(LTIInjection):
             "You return 1 − decay.": 1 - ours.decay(),
         },
     )
-    for dtype in (torch.float32, torch.bfloat16):
+    logs = wide_theirs.decay().double().log() / wide_ours.decay().double().log()
+    expect(
+        bool(((logs - 1).abs() < 0.02).all()),
+        "At log rates of −12, −5 and 4, which float32 can hold, the decay is another one: clamp only at what the dtype cannot tell from 1 and from 0.",
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for value in (-1e4, -20.0, 10.0, 1e4):
             extreme = LTIInjection(4).to(dtype)
             nn.init.constant_(extreme.log_rate, value)
@@ -89,8 +129,11 @@ def lti_injection(LTIInjection):
             )
     state, inputs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     decay, seen = ours.decay(), ours.inputs(inputs)
+    given = state.clone(), inputs.clone()
+    got = theirs(state, inputs)
+    expect(torch.equal(state, given[0]) and torch.equal(inputs, given[1]), "state or inputs have changed: make a new tensor, and do not write to what was given.")
     expect_close(
-        theirs(state, inputs),
+        got,
         ours(state, inputs),
         "One pass is decay · state + (1 − decay) · B · inputs.",
         mistakes={
@@ -103,6 +146,14 @@ def lti_injection(LTIInjection):
         },
     )
     expect_gradients(theirs, ours, state, inputs)
+    for value in (-1e4, 1e4):
+        far_ours, far_theirs = reference("stability").LTIInjection(4), LTIInjection(4)
+        for part in (far_ours, far_theirs):
+            nn.init.constant_(part.log_rate, value)
+        expect_gradients(far_theirs, far_ours, state, inputs, sentence=f"With log_rate at {value:g} a pass has another gradient: call decay(), which clamps, in forward too.")
+    single = LTIInjection(3)
+    expect_shape(single(state[0, 0, :3], inputs[0, 0, :3]), (3,), "One pass of a state of shape (3,)")
+    expect_raises(ValueError, lambda: theirs(state, inputs[:, :1]), "State and inputs of different shapes should raise a ValueError.")
     expect_raises(ValueError, lambda: theirs(state, inputs[:1]), "State and inputs of different shapes should raise a ValueError.")
     wide = torch.randn(2, 3, 5)
     expect_raises(ValueError, lambda: theirs(wide, wide), "Five channels for an injection of four should raise a ValueError.")
@@ -113,14 +164,17 @@ def _linear_parts():
     """An injection and a block that tell every order of calls apart, and a state and inputs for them."""
     from_state, from_inputs, of_block = torch.randn(3, 4, 4)
     state, inputs = torch.randn(2, 2, 3, 4)
-    return (lambda state, inputs: state @ from_state + inputs @ from_inputs), (lambda x: x @ of_block), state, inputs
+    return (lambda state, inputs: state @ from_state + inputs @ from_inputs), (lambda x: (x @ of_block).tanh()), state, inputs
 
 
 @checks("inject_then_block")
 def inject_then_block(inject_then_block):
     injection, block, state, inputs = _linear_parts()
+    given = state.clone(), inputs.clone()
+    got = inject_then_block(injection, block, state, inputs)
+    expect(torch.equal(state, given[0]) and torch.equal(inputs, given[1]), "state or inputs have changed: hand on what the injection returns, and write to neither.")
     expect_close(
-        inject_then_block(injection, block, state, inputs),
+        got,
         block(injection(state, inputs)),
         "The injection reads state and inputs, and the block reads what it returns.",
         mistakes={
@@ -135,6 +189,7 @@ def inject_then_block(inject_then_block):
             "State and inputs have changed places.": block(injection(inputs, state)),
         },
     )
+    expect_gradients(lambda *given: inject_then_block(injection, block, *given), lambda *given: block(injection(*given)), state, inputs)
 
 
 @checks("inject_beside_block")
@@ -154,8 +209,15 @@ def inject_beside_block(inject_beside_block):
             "The block reads what was injected: beside means that it reads state + inputs.": (
                 injection(state, inputs) + block(injection(state, inputs))
             ),
+            "The block reads state and inputs one after the other: let it read their sum, once.": injection(state, inputs) + block(state) + block(inputs),
             "The block is left out: add block(state + inputs).": injection(state, inputs),
             "The injection is left out: add injection(state, inputs).": block(state + inputs),
             "The state is added once more: the injection carries it already.": state + injection(state, inputs) + block(state + inputs),
         },
+    )
+    expect_gradients(
+        lambda *given: inject_beside_block(injection, block, *given),
+        lambda state, inputs: injection(state, inputs) + block(state + inputs),
+        state,
+        inputs,
     )

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from . import checks, expect, expect_close, expect_raises, reference
+from . import attempt, checks, expect, expect_close, expect_raises, reference
 
 
 def _model(**changes):
@@ -25,7 +25,12 @@ def stopper(Stopper):
 
     def verdicts(kind, rule, threshold):
         part = kind(model, rule, threshold, (2, 3))
-        return torch.stack([part.stops(after, before, at) for before, after in zip(states, states[1:])])
+        given = states.clone()
+        told = [part.stops(after, before, at) for before, after in zip(given, given[1:])]
+        expect(torch.equal(given, states), f"With {rule!r} stops changes the states that it was handed: make new tensors, state - before and not state -= before.")
+        expect(told[0] is not None, "The result of stops is None: is a return missing?")
+        expect(all(said.dtype == torch.bool for said in told), f"stops should give True or False for each token: with {rule!r} yours gives {told[0].dtype}.")
+        return torch.stack(told)
 
     halts = torch.stack([model.halting.step(after, before) for before, after in zip(states, states[1:])])
     passed = 1 - (1 - halts).cumprod(0)
@@ -53,14 +58,17 @@ def stopper(Stopper):
             },
         ),
         "act": (
-            0.8,
+            1.2,
             "'act' stops where the sum of the probabilities reaches the threshold.",
-            {"'act' adds the probabilities themselves, not p · (1 − acc).": passed >= 0.8},
+            {"'act' adds the probabilities themselves, not p · (1 − acc).": passed >= 1.2},
         ),
         "ponder": (
-            0.5,
-            "'ponder' stops where half of the halting distribution has passed.",
-            {"'ponder' is 'accumulate' with another threshold: p · (1 − acc) adds up.": halts.cumsum(0) >= 0.5},
+            0.7,
+            "'ponder' stops where acc reaches the threshold, which is a half if no other is given.",
+            {
+                "'ponder' is 'accumulate' with another threshold: p · (1 − acc) adds up.": halts.cumsum(0) >= 0.7,
+                "'ponder' ignores its threshold: one half is what holds if none is given.": passed >= 0.5,
+            },
         ),
         "converge": (
             typical,
@@ -94,23 +102,43 @@ def stopper(Stopper):
     )
     new = _model()  # its head says 1/2 of everything
     level = lambda rule, threshold: bool(Stopper(new, rule, threshold, (2, 3)).stops(states[1], states[0], at).all())  # noqa: E731
-    expect(level("ponder", 0.5) and level("act", 0.5), "Where the threshold is just reached a token stops: compare with >=.")
+    expect(level("accumulate", 0.5) and level("ponder", 0.5) and level("act", 0.5), "Where the threshold is just reached a token stops: compare with >=.")
     expect(not level("settled", 0.5), "'settled' must pass its threshold: compare with >.")
+    still = torch.tensor([[2.0, *[0.0] * 7]])
     expect(
-        Stopper(model, "settled", None, (1, 1)).threshold == 0.9,
-        "Without a threshold that of RULES should hold: ask 'is None'.",
+        not bool(Stopper(model, "converge", 0.5, (1, 1)).stops(still, still / 2, (at[0][:1], at[0][:1]))),
+        "'converge' must undercut its threshold: compare with <.",
     )
-    for rule, bad in (("settled", 1.5), ("settled", 0.0), ("act", -1.0), ("act", math.inf)):
+    told = _model()
+    told.halting.step = lambda after, before: after[..., 0]
+    for rule, usual in reference("thinking").RULES.items():
+        if rule == "none":
+            continue
+        two = torch.zeros(2, 8)
+        two[:, 0] = torch.tensor([usual - 0.005, usual + 0.005])  # just below, and just above
+        before = torch.zeros(2, 8)
+        if rule == "converge":
+            two, before = torch.ones(2, 8), (1 - two[:, :1]).expand(2, 8)
+        said = Stopper(told, rule, None, (1, 2)).stops(two, before, (torch.tensor([0, 0]), torch.tensor([0, 1])))
+        expect(
+            said.tolist() == [rule == "converge", rule != "converge"],
+            f"Without a threshold that of RULES should hold, {usual} for {rule!r}: ask 'is None'.",
+        )
+    heads = ("settled", "accumulate", "ponder")
+    bads = [(rule, bad) for rule in (*heads, "converge") for bad in (1.5, 1.0, 0.0, -0.5, math.nan)]
+    for rule, bad in (*bads, ("act", 0.0), ("act", -1.0), ("act", math.inf), ("act", math.nan)):
         expect_raises(ValueError, lambda: Stopper(model, rule, bad, (1, 1)), f"A threshold of {bad:g} for {rule!r} should raise a ValueError.")
     Stopper(model, "act", 1.5, (1, 1))
     headless = _model(halting="none")
     Stopper(headless, "converge", None, (1, 1)), Stopper(headless, "none", None, (1, 1))
     expect_raises(ValueError, lambda: Stopper(model, "never", None, (1, 1)), "An unknown rule should raise a ValueError.")
-    expect_raises(
-        ValueError,
-        lambda: Stopper(headless, "settled", None, (1, 1)),
-        "A rule that reads the head should raise a ValueError where the model has none.",
-    )
+    for rule in (*heads, "act"):
+        for kind in ("none", "converge"):
+            expect_raises(
+                ValueError,
+                lambda: Stopper(_model(halting=kind), rule, None, (1, 1)),
+                f"{rule!r} reads the head, and should raise a ValueError where the model has none: with halting={kind!r} model.halting is None.",
+            )
 
 
 @checks("Gathered")
@@ -118,17 +146,18 @@ def gathered(Gathered):
     cache = importlib.import_module("mythoslab.mla").LatentCache
 
     def told(kind, n_slots=3):
-        """Three passes of two sequences, of which fewer and fewer tokens think; what is told, and what is kept."""
+        """Three passes of three sequences, of which fewer and fewer tokens think; what is told, and what is kept."""
         numbers = torch.Generator().manual_seed(0)
-        store = cache(2, 4, 2, n_slots=n_slots)
+        store = cache(3, 5, 2, n_slots=n_slots)
         memory = kind(store)
         store.memory[:, :, 0] = torch.arange(1.0, n_slots + 1).view(n_slots, 1, 1)  # an earlier token, another at every pass
-        memory.n_seen, answers = 3, []
-        everybody = torch.tensor([[1, 2], [1, 2]])
-        thinking = [([0, 1], [[1, 2], [1, 2]]), ([0, 1], [[2], [1]]), ([1], [[1]])]
+        store.memory[:, 1, 1] = store.memory[:, 1, 0] + 10  # the second sequence has read one token more
+        memory.n_seen, answers = 4, []
+        everybody = torch.tensor([[1, 2], [2, 3], [1, 2]])
+        thinking = [([0, 1, 2], [[1, 2], [2, 3], [1, 2]]), ([0, 2], [[2], [1]]), ([2], [[1]])]
         for pass_index, (rows, places) in enumerate(thinking):
             if pass_index:
-                memory.carry(pass_index, torch.tensor([[0], [1]]), everybody)
+                memory.carry(pass_index, torch.tensor([[0], [1], [2]]), everybody)
             memory.rows, memory.places = torch.tensor(rows), torch.tensor(places)
             answers.append(memory.write(torch.randn(*memory.places.shape, 2, generator=numbers), pass_index).clone())
         return answers, store.memory.clone()
@@ -175,8 +204,20 @@ def gathered(Gathered):
             "What is shown is off: return these rows up to n_seen.",
             mistakes={cause: told_wrong[0][number] for cause, told_wrong in made.items()},
         )
-    few, needed = told(Gathered, n_slots=1)[0], told(reference("thinking").Gathered, n_slots=1)[0]
-    expect_close(few[2], needed[2], "With fewer slots than passes the later ones share the last: min(pass_index, slots − 1).")
+    for n_slots in (1, 2):
+        (few, kept), (needed, wanted_kept) = (told(kind, n_slots=n_slots) for kind in (Gathered, reference("thinking").Gathered))
+        for got, right in zip((*few, kept), (*needed, wanted_kept)):
+            expect_close(got, right, "With fewer slots than passes the later ones share the last: min(pass_index, slots − 1).")
+    memory = Gathered(cache(1, 2, 2))
+    expect(
+        hasattr(memory, "places") and hasattr(memory, "length"),
+        "The attention reads places and length of it, as of every Shown: keep (Shown) behind the name, and call super().__init__() first.",
+    )
+    memory = Gathered(cache(1, 2, 2, dtype=torch.bfloat16))
+    memory.rows, memory.places, memory.n_seen = torch.tensor([0]), torch.tensor([[0]]), 1
+    cast = "The memory may be in another dtype than new: write in that of the memory, and return that of new."
+    got = attempt(lambda: memory.write(torch.ones(1, 1, 2), 0), cast)
+    expect(got.dtype == torch.float32, cast)
 
 
 @checks("nucleus")
@@ -222,5 +263,10 @@ def nucleus(nucleus):
     alike = nucleus(torch.zeros(4), 0.5)
     expect(alike.isfinite().sum() == 2, "Of four tokens that are alike two reach 0.5: go by their places when sorted, not by the chance of the last one kept.")
     expect(sure.isfinite().sum() == 1, "The likeliest token is always left, however small top_p is.")
+    large = nucleus(torch.tensor([5e6, 4.9e6, 0.0]), 0.5)  # as at a temperature of nearly 0
+    expect(large.tolist() == [5e6, -math.inf, -math.inf], "Large logits overflow: softmax does not, exp does.")
+    expect_close(finite(nucleus(torch.tensor([-math.inf, 1.0, 1.0, 0.0]), 0.6)), torch.tensor([-99.0, 1.0, 1.0, -99.0]), "Logits of minus infinity, as top-k leaves them, should stay so, and count nothing.")
     expect_raises(ValueError, lambda: nucleus(logits, 0.0), "top_p=0 leaves no token: raise a ValueError.")
     expect_raises(ValueError, lambda: nucleus(logits, 1.5), "top_p above 1 should raise a ValueError.")
+    expect_raises(ValueError, lambda: nucleus(logits, -0.5), "top_p below 0 should raise a ValueError.")
+    expect_raises(ValueError, lambda: nucleus(logits, math.nan), "top_p=nan should raise a ValueError: ask 0 < top_p <= 1, and turn that round.")

@@ -2,17 +2,18 @@
 
 import copy
 import math
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checks, expect, expect_close, expect_raises, reference
+from . import attempt, checks, expect, expect_close, expect_raises, reference
 from .model import beside
 
 
-def _model(learners):
-    shape = dict(vocab_size=13, dim=8, n_heads=2, hidden_dim=12, n_passes=2, context_length=6)
+def _model(learners, **changes):
+    shape = dict(vocab_size=13, dim=8, n_heads=2, hidden_dim=12, n_passes=2, context_length=6) | changes
     config = beside(learners, "MythosConfig", "model")(**shape)
     model = beside(learners, "Mythos", "model")(config)
     with torch.no_grad():
@@ -74,6 +75,31 @@ def held_out_bits(held_out_bits):
         of(first + _nats(model, short, stride=3)),
         "A text shorter than one context should be read in one window.",
     )
+    expect_close(
+        torch.tensor(held_out_bits(model, tokens, n_bytes)),
+        of(first + _nats(model, tokens, stride=3, n_passes=2)),
+        "Without n_passes the configured number holds: hand None on to the model.",
+        rtol=1e-5,
+    )
+    for length, sentence in (
+        (28, "With windows that end with the text of their own accord the number is off: the last one belongs to them."),
+        (7, "A text of one context and a token is one window, and the number is off."),
+        (80, "A long text, of more than sixteen windows, is off: every token counts once there, too."),
+    ):
+        some = torch.randint(13, (length,))
+        expect_close(
+            torch.tensor(held_out_bits(model, some, n_bytes, n_passes=4)),
+            of(first + _nats(model, some, stride=3)),
+            sentence,
+            rtol=1e-5,
+        )
+    other = _model(held_out_bits, context_length=9)
+    expect_close(
+        torch.tensor(held_out_bits(other, tokens, n_bytes, n_passes=4)),
+        of(first + _nats(other, tokens, stride=4, context=9)),
+        "With another context_length the number is off: windows move on by context // 2.",
+        rtol=1e-5,
+    )
     expect_raises(ValueError, lambda: held_out_bits(model, tokens[:1], n_bytes), "A single token should raise a ValueError: there is nothing to predict.")
 
 
@@ -129,6 +155,13 @@ def schedule(schedule):
         torch.minimum(torch.minimum((steps + 1) / 2.5, (20 - steps) / 7.5), hold),
         "warm_up · n_steps need not be whole: divide by it as it is, without rounding.",
     )
+    longer, many = TrainConfig(n_steps=50, warm_up=0.1, decay=0.9), torch.arange(50.0)
+    expect_close(
+        torch.tensor([float(schedule(step, longer)) for step in range(50)]),
+        torch.minimum((many + 1) / 5, (50 - many) / 45).clamp(max=1),
+        "With another n_steps, and a fall right after the rise, the share is off.",
+    )
+    expect(not isinstance(got[0], torch.Tensor), "Return a float, not a tensor.")
     flat = TrainConfig(n_steps=20, warm_up=0.0, decay=0.0)
     try:
         level = [schedule(step, flat) for step in (0, 19)]
@@ -138,6 +171,11 @@ def schedule(schedule):
         level == [1, 1],
         "With warm_up=0 and decay=0 the share should be one at every step, and nothing divided by zero.",
     )
+    for only, line in ((dict(warm_up=0.0, decay=0.5), fall), (dict(warm_up=0.2, decay=0.0), rise)):
+        zero = min(only, key=only.get)
+        sentence = f"With {zero}=0 alone the other line should still hold, and nothing be divided by zero."
+        shares = attempt(lambda: [float(schedule(step, TrainConfig(n_steps=20, **only))) for step in range(20)], sentence)
+        expect_close(torch.tensor(shares), torch.minimum(line, hold), sentence)
 
 
 @checks("training_step")
@@ -206,19 +244,33 @@ def training_step(training_step):
         mistakes={"You take the mean of the losses: their gradients add up.": (at_start + unclipped) / 2},
         atol=1e-6,
     )
-    graded, gradients = copy.deepcopy(start), []
+    graded, kept, alive = copy.deepcopy(start), [], []
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(tensor):
+        part = Kept(tensor)
+        kept.append(weakref.ref(part))
+        return part
 
     def noting(compute):
         def loss():
-            gradients.append([None if weight.grad is None else weight.grad.clone() for weight in graded.parameters()])
-            return compute()
+            alive.append(sum(part() is not None for part in kept))  # what forward kept of the losses before
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part.tensor):
+                return compute()
 
         return loss
 
-    training_step(graded, [noting(compute) for compute in losses(graded)], _optimisers(graded))
+    thrice = [noting(compute) for compute in (*losses(graded), losses(graded)[0])]
     expect(
-        any(new is not None and bool(new.any()) and (old is None or not torch.equal(old, new)) for old, new in zip(*gradients)),
-        "The numbers are right, and no gradient is there when the second loss is computed: call backward on each loss before you compute the next, or all are in memory at once.",
+        len(training_step(graded, thrice, _optimisers(graded))) == len(alive) == 3,
+        "Each loss, however many there are, should be computed once: keep what the function gave, it costs a forward.",
+    )
+    expect(
+        not any(alive),
+        "The numbers are right, and what forward kept of one loss is still there when the next is computed: call backward on each before you compute the next, without retain_graph, or all are in memory at once.",
     )
     broken = copy.deepcopy(start)
     with torch.no_grad():
@@ -239,8 +291,14 @@ def training_step(training_step):
         lambda: training_step(second, [losses(second)[0], lambda: losses(second)[1]() * torch.nan], _optimisers(second)),
         "Only the first loss is looked at: ask torch.isfinite of each.",
     )
+    endless = copy.deepcopy(start)
+    expect_raises(
+        ValueError,
+        lambda: training_step(endless, [lambda: losses(endless)[0]() + torch.inf], _optimisers(endless)),
+        "A loss can be infinite and its gradient finite: ask torch.isfinite of the loss, too, not isnan.",
+    )
     steep = copy.deepcopy(start)
-    steep.prelude[0].ffn.up.weight.register_hook(lambda gradient: gradient * torch.inf)
+    steep.prelude[0].ffn.up.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     before = steep.head.weight.detach().clone()
     expect_raises(
         ValueError,
