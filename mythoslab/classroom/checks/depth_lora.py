@@ -88,7 +88,10 @@ def depth_lora(DepthLoRA):
             size, rank = start.std().item(), torch.linalg.matrix_rank(start).item()
             expect(0.8 < size < 1.25, "lora_a should start so that lora_a @ x is about as large as x: deviation 1 / √in_features.")
             expect(abs(start.mean().item()) < 0.1, "lora_a should start around zero, and its mean is not.")
-            expect(rank == 64, f"The rows of lora_a are not independent at the start: of rank 64 only {rank} could ever be used. Draw every entry by itself.")
+            expect(
+                rank == 64,
+                f"The rows of lora_a are not independent at the start: of rank 64 only {rank} could ever be used. Draw every entry by itself.",
+            )
     with torch.no_grad():
         theirs.lora_b.normal_()
     a, b = theirs.lora_a.detach(), theirs.lora_b.detach()

@@ -20,9 +20,17 @@ def _refuses_bad_shares(function, name):
 def _edges(function, ours, *threshold):
     """Other shapes, shares of exactly 0 and 1, one pass alone, and the precision of other dtypes."""
     edge = torch.tensor([[0.0, 1.0, 0.3], [0.5, 0.2, 1.0], [1.0, 0.0, 0.4], [0.3, 0.4, 0.0]])
-    expect_close(function(edge, *threshold).double(), ours(edge, *threshold).double(), "With shares of exactly 0 and 1 the result is wrong: do not divide by 1 − halt_prob, nor take its logarithm, and refuse neither.")
+    expect_close(
+        function(edge, *threshold).double(),
+        ours(edge, *threshold).double(),
+        "With shares of exactly 0 and 1 the result is wrong: do not divide by 1 − halt_prob, nor take its logarithm, and refuse neither.",
+    )
     alone = edge[:1]
-    expect_close(function(alone, *threshold).double(), ours(alone, *threshold).double(), "With a single pass the result is wrong: the first is the last, and takes all.")
+    expect_close(
+        function(alone, *threshold).double(),
+        ours(alone, *threshold).double(),
+        "With a single pass the result is wrong: the first is the last, and takes all.",
+    )
     for shape in ((4,), (4, 2, 3), (3, 1, 5)):
         other = torch.rand(shape) * 0.9
         sentence = f"For halt_prob of shape {shape} the result is wrong: passes lie on dimension 0, and any number of dimensions follows."
@@ -116,7 +124,10 @@ def exit_pass(exit_pass):
         },
     )
     never = exit_pass(torch.full((6, 1), 0.1), 0.99)
-    expect(never.item() != 7, "A token that never reaches the threshold leaves after the last pass, 6, and here after 7: there is none, so go no further than the last.")
+    expect(
+        never.item() != 7,
+        "A token that never reaches the threshold leaves after the last pass, 6, and here after 7: there is none, so go no further than the last.",
+    )
     expect(
         never.item() == 6,
         f"A token that never reaches the threshold leaves after the last pass, 6, and here after {never.item()}: where nothing holds, argmax is 0.",
@@ -186,7 +197,11 @@ def act_weights(act_weights):
     needed = ours.act_weights(torch.full((300, 2), 0.004, dtype=torch.bfloat16), 0.9)
     expect_close(many.float(), needed.float(), "In bfloat16 the weights of 300 small passes are off: add up in float32, and round once.")
     first = torch.tensor([[0.95], [0.3], [0.2]])
-    expect_close(act_weights(first, 0.9), torch.tensor([[1.0], [0.0], [0.0]]), "A token that stops after the first pass has paid nothing before it: its remainder is one.")
+    expect_close(
+        act_weights(first, 0.9),
+        torch.tensor([[1.0], [0.0], [0.0]]),
+        "A token that stops after the first pass has paid nothing before it: its remainder is one.",
+    )
     for limit in (0.9, 1.0):
         _edges(act_weights, ours.act_weights, limit)
     _sums_to_one(act_weights)
@@ -219,7 +234,9 @@ def ponder_kl(ponder_kl):
             "That is the cross-entropy: subtract the distribution's own entropy, −∑ p log p.": -(distribution * prior.log()).sum(0),
         },
     )
-    expect_gradients(lambda part: ponder_kl(part.softmax(0), rate), lambda part: reference("halting").ponder_kl(part.softmax(0), rate), torch.randn(6, 4))
+    expect_gradients(
+        lambda part: ponder_kl(part.softmax(0), rate), lambda part: reference("halting").ponder_kl(part.softmax(0), rate), torch.randn(6, 4)
+    )
     sure = torch.zeros(4, 1)
     sure[1] = 1
     sure.requires_grad_()
@@ -232,12 +249,20 @@ def ponder_kl(ponder_kl):
         "The value is right, and its gradient at a share of 0 is infinite or nan, as that of xlogy and kl_div is. Times the zero slope of a head that is "
         "sure, it gives nan. Keep the logarithm finite: clamp the share to the smallest positive number, torch.finfo(dtype).tiny, before you take it.",
     )
-    expect_close(result.detach(), -torch.tensor([4 / 15]).log(), "For a sure distribution, [0, 1, 0, 0], the result is off: clamp inside the logarithm only, to the smallest positive number.")
+    expect_close(
+        result.detach(),
+        -torch.tensor([4 / 15]).log(),
+        "For a sure distribution, [0, 1, 0, 0], the result is off: clamp inside the logarithm only, to the smallest positive number.",
+    )
     expect_close(slope[1:2], 1 - torch.tensor([[4 / 15]]).log(), "For a sure distribution the gradient is wrong.")
     for bad in (0.0, 1.0):
         expect_raises(ValueError, lambda: ponder_kl(distribution, bad), f"A prior_rate of {bad:g} should raise a ValueError.")
     for factor in (torch.tensor([1.0, 1.0, 1.5, 0.5]), 1.5):
-        expect_raises(ValueError, lambda: ponder_kl(distribution * factor, 0.3), "A token whose shares do not sum to one should raise a ValueError: look at each token's own sum, in both directions.")
+        expect_raises(
+            ValueError,
+            lambda: ponder_kl(distribution * factor, 0.3),
+            "A token whose shares do not sum to one should raise a ValueError: look at each token's own sum, in both directions.",
+        )
     expect_raises(ValueError, lambda: ponder_kl(distribution / 2, 0.3), "A distribution that does not sum to one should raise a ValueError.")
     for shape, prior_rate in (((1, 3), 0.01), ((9,), 0.9), ((5, 2, 3), 0.01), ((5, 2, 3), 0.9), ((64, 2), 0.1)):
         other = (2 * torch.randn(shape)).softmax(0)

@@ -131,7 +131,9 @@ def latent_cache(LatentCache):
     grown = torch.ones(2, 1, 3, requires_grad=True)
     expect_raises(ValueError, lambda: theirs.write(grown), "New positions that want a gradient should raise a ValueError: none would come back.")
     expect_raises(ValueError, lambda: theirs.write(torch.ones(2, 3, 3)), "Three new positions where two are free should raise a ValueError.")
-    expect_raises(ValueError, lambda: theirs.write(torch.ones(1, 1, 3)), "Another batch size should raise a ValueError, not be spread over the batch.")
+    expect_raises(
+        ValueError, lambda: theirs.write(torch.ones(1, 1, 3)), "Another batch size should raise a ValueError, not be spread over the batch."
+    )
     expect_raises(ValueError, lambda: theirs.write(new.double()), "Another dtype should raise a ValueError, not be rounded without a word.")
     expect_raises(ValueError, lambda: theirs.write(new, -1), "A pass_index of −1 should raise a ValueError.")
     expect_raises(ValueError, lambda: theirs.advance(3), "Advancing by three where two are free should raise a ValueError.")
@@ -149,7 +151,9 @@ def latent_cache(LatentCache):
     expect(half.memory.dtype == torch.bfloat16, "The dtype that was asked for has no effect: hand dtype and device to torch.zeros.")
     expect(half.bytes_per_token == 16, f"Two slots of 4 numbers in bfloat16 are 16 bytes per token, and bytes_per_token is {half.bytes_per_token}.")
     theirs.take([1, 0])
-    expect_close(theirs.write(new), torch.cat((first[[1, 0], :3], new), 1), "After take([1, 0]) the two sequences have changed places: pick all rows at once.")
+    expect_close(
+        theirs.write(new), torch.cat((first[[1, 0], :3], new), 1), "After take([1, 0]) the two sequences have changed places: pick all rows at once."
+    )
     theirs.take([1, 1])
     expect_close(theirs.write(new), torch.cat((first[[0, 0], :3], new), 1), "After take([1, 1]) both sequences are what the second was.")
     for rows in ([0], [0, 0, 0]):
@@ -200,7 +204,9 @@ def _check_attention(attend, sentence):
             "You take the rotated channels of the query to come first: they come last, after those without position.": _by_hand(
                 *arguments, rope_first="query"
             ),
-            "You take the rotated key to come first in kept: the latent does, and the rotated key is the rest.": _by_hand(*arguments, rope_first="kept"),
+            "You take the rotated key to come first in kept: the latent does, and the rotated key is the rest.": _by_hand(
+                *arguments, rope_first="kept"
+            ),
             "Keys and values have changed places: in up, the rows of the key come first.": _by_hand(*arguments, swapped=True),
             "The scale is left out.": _by_hand(*arguments, key_scale=1.0),
             "The scale is that of the query's width: use the one that was given.": _by_hand(*arguments, key_scale=12**-0.5),
@@ -210,14 +216,21 @@ def _check_attention(attend, sentence):
     )
     expect_gradients(attend, _by_hand, *arguments)
     narrow = query, kept, up[:, :13], 0.4
-    halves = "A value need not be as wide as a key without position: divide the rows of `up` after as many as the query has channels that are not rotated."
+    halves = (
+        "A value need not be as wide as a key without position: divide the rows of `up` after as many as the query has channels that are not rotated."
+    )
     try:
         got = attend(*narrow)
     except (RuntimeError, IndexError):
         got = None
     expect(got is not None and got.shape == (2, 3, 4, 5) and torch.allclose(got, _by_hand(*narrow), atol=1e-4), halves)
     other = torch.randn(1, 2, 4, 7), torch.randn(1, 6, 8), torch.randn(2, 9, 5), 0.4  # rank 5, rotated 3, 4 + 5 rows
-    expect_close(attend(*other), _by_hand(*other), "With other numbers of heads and channels it is off: read them from the shapes of query, kept and up.", atol=1e-4)
+    expect_close(
+        attend(*other),
+        _by_hand(*other),
+        "With other numbers of heads and channels it is off: read them from the shapes of query, kept and up.",
+        atol=1e-4,
+    )
     alone = query[:, :, -1:], kept, up, 0.4
     expect_close(attend(*alone), _by_hand(*alone), "A single query, the last position, should see every key.", atol=1e-4)
     square = torch.randn(2, 3, 9, 12), kept, up, 0.4
@@ -226,7 +239,9 @@ def _check_attention(attend, sentence):
 
 @checks("expanded_attention")
 def expanded_attention(expanded_attention):
-    _check_attention(expanded_attention, "Score the queries with the unpacked keys and the rotated one, mask the future, and mix the unpacked values.")
+    _check_attention(
+        expanded_attention, "Score the queries with the unpacked keys and the rotated one, mask the future, and mix the unpacked values."
+    )
 
 
 @checks("absorbed_attention")

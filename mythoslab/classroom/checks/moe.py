@@ -34,7 +34,7 @@ def route(route):
         },
     )
     top = lambda numbers: numbers.topk(3, -1).indices  # noqa: E731
-    weigh = lambda experts, by: (by.gather(-1, experts) / by.gather(-1, experts).sum(-1, keepdim=True))  # noqa: E731
+    weigh = lambda experts, by: by.gather(-1, experts) / by.gather(-1, experts).sum(-1, keepdim=True)  # noqa: E731
     spread = lambda experts, weights: torch.zeros(40, 8).scatter(-1, experts, weights)  # noqa: E731
     right = top(choice)
     expect_close(
@@ -42,7 +42,9 @@ def route(route):
         spread(right, weigh(right, scores)),
         "Choose by score plus bias, weigh the chosen by their scores, scaled to sum to one.",
         mistakes={
-            "The bias is in the weights: it decides who is chosen, and how much they count is for the scores alone.": spread(right, weigh(right, choice)),
+            "The bias is in the weights: it decides who is chosen, and how much they count is for the scores alone.": spread(
+                right, weigh(right, choice)
+            ),
             "The bias is left out of the choice.": spread(top(scores), weigh(top(scores), scores)),
             "The weights are not scaled: divide the chosen scores by their sum.": spread(right, scores.gather(-1, right)),
             "The weights are scaled by the scores of all experts: divide by the sum of the chosen ones.": spread(
@@ -54,7 +56,11 @@ def route(route):
         },
     )
     plain = dict(norm_topk_prob=False)
-    expect_close(_scatter(route(logits, none, 3, **plain), 8), _scatter(ours(logits, none, 3, **plain), 8), "With norm_topk_prob=False the scores are the weights.")
+    expect_close(
+        _scatter(route(logits, none, 3, **plain), 8),
+        _scatter(ours(logits, none, 3, **plain), 8),
+        "With norm_topk_prob=False the scores are the weights.",
+    )
     scaled = dict(routed_scaling_factor=2.5)
     expect_close(
         _scatter(route(logits, none, 3, **scaled), 8),
@@ -63,8 +69,13 @@ def route(route):
         mistakes={"The routed_scaling_factor has no effect.": _scatter(ours(logits, none, 3), 8)},
     )
     soft = dict(scoring_func="softmax", norm_topk_prob=False)
-    expect_close(_scatter(route(logits, none, 3, **soft), 8), _scatter(ours(logits, none, 3, **soft), 8), "With scoring_func='softmax' the scores are a softmax over all experts.")
+    expect_close(
+        _scatter(route(logits, none, 3, **soft), 8),
+        _scatter(ours(logits, none, 3, **soft), 8),
+        "With scoring_func='softmax' the scores are a softmax over all experts.",
+    )
     groups = dict(n_group=4, topk_group=2)
+
     def by_groups(count, bias=bias, closed=float("-inf")):
         in_groups = (scores + bias).unflatten(-1, (4, 2))
         best = count(in_groups).topk(2, -1).indices
@@ -261,7 +272,9 @@ def sequence_balance_loss(sequence_balance_loss):
             ).sum(),
             "The load is not relative: multiply by the number of experts over the number of choices, so that one is a fair share.": (
                 load * share.mean(1)
-            ).sum(-1).mean(),
+            )
+            .sum(-1)
+            .mean(),
             "You count the best by score: count those that served, routing.experts.": (best * 3 * share.mean(1)).sum(-1).mean(),
             "The scores are divided by the sum of the chosen ones: divide by that of all experts.": (load * 3 * of_chosen.mean(1)).sum(-1).mean(),
             "The mean of the scores is scaled: scale each token's scores, then take the mean.": (load * 3 * afterwards).sum(-1).mean(),

@@ -38,9 +38,7 @@ def rms_norm(RMSNorm):
         F.rms_norm(tiny, (8,), eps=1e-6),
         "On very small inputs the result is off: add eps to the mean square, inside the root.",
     )
-    expect(
-        bool(torch.isfinite(norm(torch.zeros(1, 8))).all()), "A token of zeros gives nan: add eps to the mean square, inside the root."
-    )
+    expect(bool(torch.isfinite(norm(torch.zeros(1, 8))).all()), "A token of zeros gives nan: add eps to the mean square, inside the root.")
     expect_close(RMSNorm(8, eps=0.1)(x), F.rms_norm(x, (8,), eps=0.1), "eps has no effect: add the one that was given.")
     with torch.no_grad():
         norm.weight.mul_(2)
@@ -78,12 +76,8 @@ def rotary_angles(rotary_angles):
             "The angles grow from pair to pair: the exponent is negative, so later pairs turn more slowly.": torch.outer(
                 position, 500.0 ** (pair / 8)
             ),
-            "The exponent is half of what it should be: pair i has the exponent -2 i / head_dim.": torch.outer(
-                position, 500.0 ** (-pair / 16)
-            ),
-            "The exponent is twice what it should be: divide by head_dim, not by the number of pairs.": torch.outer(
-                position, 500.0 ** (-pair / 4)
-            ),
+            "The exponent is half of what it should be: pair i has the exponent -2 i / head_dim.": torch.outer(position, 500.0 ** (-pair / 16)),
+            "The exponent is twice what it should be: divide by head_dim, not by the number of pairs.": torch.outer(position, 500.0 ** (-pair / 4)),
             "theta is not used: the base of the wavelengths is an argument.": reference("recurrence").rotary_angles(6, 8),
         },
     )
@@ -146,8 +140,7 @@ def attention(Attention):
     for causal, theta, what in ((False, None, "all-seeing"), (True, None, "causal"), (True, 500.0, "causal, rotary")):
         theirs = Attention(16, 2, causal=causal, rope_theta=theta)
         expect(
-            {name: tuple(weight.shape) for name, weight in theirs.named_parameters()}
-            == {"qkv.weight": (48, 16), "out.weight": (16, 16)},
+            {name: tuple(weight.shape) for name, weight in theirs.named_parameters()} == {"qkv.weight": (48, 16), "out.weight": (16, 16)},
             "Attention(16, 2) should hold two linear maps without bias: qkv from 16 to 48 channels, out from 16 to 16.",
         )
         ours = reference("recurrence").Attention(16, 2, causal=causal, rope_theta=theta)
@@ -178,8 +171,16 @@ def attention(Attention):
         less.load_state_dict(more.state_dict())
         for shape in ((1, 5, 12), (1, 300, 12), (2, 1, 12), (2, 7, 12)):
             other = torch.randn(shape)
-            expect_close(more(other), less(other), f"Attention(12, 3) is wrong for the shape {shape}, after other shapes: keep nothing from call to call, no fixed sizes, no squeeze.")
-        expect_close(more(20 * other), less(20 * other), "Where scores are large, hidden tokens shine through, or scores overflow: mask with −infinity, before the softmax.")
+            expect_close(
+                more(other),
+                less(other),
+                f"Attention(12, 3) is wrong for the shape {shape}, after other shapes: keep nothing from call to call, no fixed sizes, no squeeze.",
+            )
+        expect_close(
+            more(20 * other),
+            less(20 * other),
+            "Where scores are large, hidden tokens shine through, or scores overflow: mask with −infinity, before the softmax.",
+        )
         expect(kept == [2, causal, theta], "Attention should keep n_heads, causal and rope_theta under these names: notebook 05 reads them.")
 
 
@@ -201,7 +202,9 @@ def _attention_mistakes(ours, x):
         ),
         "Scores are not divided by the root of head_dim.": finish(scale=1.0),
         "The softmax runs over the queries: let it run over the keys, the last dimension of the scores.": ours.out(
-            ((query @ key.mT / 8**0.5).masked_fill(torch.ones(6, 6).triu(1).bool() & ours.causal, -torch.inf).softmax(-2) @ value).transpose(1, 2).flatten(2)
+            ((query @ key.mT / 8**0.5).masked_fill(torch.ones(6, 6).triu(1).bool() & ours.causal, -torch.inf).softmax(-2) @ value)
+            .transpose(1, 2)
+            .flatten(2)
         ),
         "Scores are divided by the root of dim: each head has only head_dim channels.": finish(scale=16**-0.5),
         "With causal=False every token should see every other: yours hides later ones.": finish(causal=True),
@@ -210,9 +213,7 @@ def _attention_mistakes(ours, x):
         "Values are rotated too: positions belong to queries and keys alone.": finish(
             value=reference("recurrence").rotate(value, reference("recurrence").rotary_angles(6, 8, ours.rope_theta or 500.0))
         ),
-        "Heads are joined before they are put behind the positions: transpose(1, 2), then flatten(2).": ours.out(
-            per_head.reshape(2, 6, 16)
-        ),
+        "Heads are joined before they are put behind the positions: transpose(1, 2), then flatten(2).": ours.out(per_head.reshape(2, 6, 16)),
         "The output projection is missing.": per_head.transpose(1, 2).flatten(2),
     }
 
@@ -263,12 +264,8 @@ def loop(Loop):
             "After the last block comes the first again: yours stays at the last.": run(
                 lambda block, s: block(ours.norm(s) + x), order=(0, 1, 1, 1, 1)
             ),
-            "Every pass runs all blocks: pass r runs one, r % len(blocks).": run(
-                lambda block, s: second(ours.norm(first(ours.norm(s) + x)) + x)
-            ),
-            "The state starts at zero: start it at the inputs.": run(
-                lambda block, s: block(ours.norm(s) + x), start=torch.zeros_like(x)
-            ),
+            "Every pass runs all blocks: pass r runs one, r % len(blocks).": run(lambda block, s: second(ours.norm(first(ours.norm(s) + x)) + x)),
+            "The state starts at zero: start it at the inputs.": run(lambda block, s: block(ours.norm(s) + x), start=torch.zeros_like(x)),
         },
     )
     expect_gradients(theirs, ours, x, 5)

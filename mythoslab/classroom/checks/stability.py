@@ -53,7 +53,9 @@ def spectral_radius(spectral_radius):
             "A vector is the diagonal of a matrix: its radius is the largest absolute value.",
         )
     barely = torch.tensor([[1 - 1e-9, 1.0], [0.0, 0.5]], dtype=torch.float64)
-    expect(bool(spectral_radius(barely) < 1), "In float64 a radius of 1 − 1e-9 comes out as 1: leave float64 as it is, and widen only narrower dtypes.")
+    expect(
+        bool(spectral_radius(barely) < 1), "In float64 a radius of 1 − 1e-9 comes out as 1: leave float64 as it is, and widen only narrower dtypes."
+    )
     expect_raises(ValueError, lambda: spectral_radius(torch.zeros(2, 3)), "A matrix that is not square has no eigenvalues: raise a ValueError.")
     expect_raises(ValueError, lambda: spectral_radius(torch.zeros(3, 2, 3)), "Matrices that are not square have no eigenvalues: raise a ValueError.")
     for shape, name in (((2, 2), "matrix"), ((3, 2, 2), "batch"), ((2,), "diagonal")):
@@ -61,12 +63,16 @@ def spectral_radius(spectral_radius):
             bad = torch.ones(shape)
             bad[(-1,) * len(shape)] = value
             with _Finite():
-                expect_raises(ValueError, lambda: spectral_radius(bad), f"A {name} {what} should raise a ValueError, before the eigenvalues are asked for.")
+                expect_raises(
+                    ValueError, lambda: spectral_radius(bad), f"A {name} {what} should raise a ValueError, before the eigenvalues are asked for."
+                )
     for shape in ((0, 0), (0,)):
         expect_raises(ValueError, lambda: spectral_radius(torch.zeros(shape)), f"The shape {shape} is empty: raise a ValueError.")
     for dtype in (torch.int64, torch.complex64):
         for shape, name in (((2, 2), "matrix"), ((2,), "diagonal")):
-            expect_raises(ValueError, lambda: spectral_radius(torch.ones(shape, dtype=dtype)), f"A {name} of {str(dtype)[6:]} should raise a ValueError.")
+            expect_raises(
+                ValueError, lambda: spectral_radius(torch.ones(shape, dtype=dtype)), f"A {name} of {str(dtype)[6:]} should raise a ValueError."
+            )
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         for matrix in (symmetric, symmetric[0]):
             half = spectral_radius(matrix.to(dtype))
@@ -131,7 +137,10 @@ def lti_injection(LTIInjection):
     decay, seen = ours.decay(), ours.inputs(inputs)
     given = state.clone(), inputs.clone()
     got = theirs(state, inputs)
-    expect(torch.equal(state, given[0]) and torch.equal(inputs, given[1]), "state or inputs have changed: make a new tensor, and do not write to what was given.")
+    expect(
+        torch.equal(state, given[0]) and torch.equal(inputs, given[1]),
+        "state or inputs have changed: make a new tensor, and do not write to what was given.",
+    )
     expect_close(
         got,
         ours(state, inputs),
@@ -150,7 +159,13 @@ def lti_injection(LTIInjection):
         far_ours, far_theirs = reference("stability").LTIInjection(4), LTIInjection(4)
         for part in (far_ours, far_theirs):
             nn.init.constant_(part.log_rate, value)
-        expect_gradients(far_theirs, far_ours, state, inputs, sentence=f"With log_rate at {value:g} a pass has another gradient: call decay(), which clamps, in forward too.")
+        expect_gradients(
+            far_theirs,
+            far_ours,
+            state,
+            inputs,
+            sentence=f"With log_rate at {value:g} a pass has another gradient: call decay(), which clamps, in forward too.",
+        )
     single = LTIInjection(3)
     expect_shape(single(state[0, 0, :3], inputs[0, 0, :3]), (3,), "One pass of a state of shape (3,)")
     expect_raises(ValueError, lambda: theirs(state, inputs[:, :1]), "State and inputs of different shapes should raise a ValueError.")
@@ -172,7 +187,10 @@ def inject_then_block(inject_then_block):
     injection, block, state, inputs = _linear_parts()
     given = state.clone(), inputs.clone()
     got = inject_then_block(injection, block, state, inputs)
-    expect(torch.equal(state, given[0]) and torch.equal(inputs, given[1]), "state or inputs have changed: hand on what the injection returns, and write to neither.")
+    expect(
+        torch.equal(state, given[0]) and torch.equal(inputs, given[1]),
+        "state or inputs have changed: hand on what the injection returns, and write to neither.",
+    )
     expect_close(
         got,
         block(injection(state, inputs)),
@@ -209,7 +227,9 @@ def inject_beside_block(inject_beside_block):
             "The block reads what was injected: beside means that it reads state + inputs.": (
                 injection(state, inputs) + block(injection(state, inputs))
             ),
-            "The block reads state and inputs one after the other: let it read their sum, once.": injection(state, inputs) + block(state) + block(inputs),
+            "The block reads state and inputs one after the other: let it read their sum, once.": injection(state, inputs)
+            + block(state)
+            + block(inputs),
             "The block is left out: add block(state + inputs).": injection(state, inputs),
             "The injection is left out: add injection(state, inputs).": block(state + inputs),
             "The state is added once more: the injection carries it already.": state + injection(state, inputs) + block(state + inputs),

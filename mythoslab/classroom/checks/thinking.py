@@ -27,9 +27,15 @@ def stopper(Stopper):
         part = kind(model, rule, threshold, (2, 3))
         given = states.clone()
         told = [part.stops(after, before, at) for before, after in zip(given, given[1:])]
-        expect(torch.equal(given, states), f"With {rule!r} stops changes the states that it was handed: make new tensors, state - before and not state -= before.")
+        expect(
+            torch.equal(given, states),
+            f"With {rule!r} stops changes the states that it was handed: make new tensors, state - before and not state -= before.",
+        )
         expect(told[0] is not None, "The result of stops is None: is a return missing?")
-        expect(all(said.dtype == torch.bool for said in told), f"stops should give True or False for each token: with {rule!r} yours gives {told[0].dtype}.")
+        expect(
+            all(said.dtype == torch.bool for said in told),
+            f"stops should give True or False for each token: with {rule!r} yours gives {told[0].dtype}.",
+        )
         return torch.stack(told)
 
     halts = torch.stack([model.halting.step(after, before) for before, after in zip(states, states[1:])])
@@ -102,7 +108,9 @@ def stopper(Stopper):
     )
     new = _model()  # its head says 1/2 of everything
     level = lambda rule, threshold: bool(Stopper(new, rule, threshold, (2, 3)).stops(states[1], states[0], at).all())  # noqa: E731
-    expect(level("accumulate", 0.5) and level("ponder", 0.5) and level("act", 0.5), "Where the threshold is just reached a token stops: compare with >=.")
+    expect(
+        level("accumulate", 0.5) and level("ponder", 0.5) and level("act", 0.5), "Where the threshold is just reached a token stops: compare with >=."
+    )
     expect(not level("settled", 0.5), "'settled' must pass its threshold: compare with >.")
     still = torch.tensor([[2.0, *[0.0] * 7]])
     expect(
@@ -261,11 +269,18 @@ def nucleus(nucleus):
     expect(torch.equal(logits, given), "You change the logits that were handed in.")
     sure = nucleus(torch.tensor([9.0, 0.0, 0.0]), 0.1)
     alike = nucleus(torch.zeros(4), 0.5)
-    expect(alike.isfinite().sum() == 2, "Of four tokens that are alike two reach 0.5: go by their places when sorted, not by the chance of the last one kept.")
+    expect(
+        alike.isfinite().sum() == 2,
+        "Of four tokens that are alike two reach 0.5: go by their places when sorted, not by the chance of the last one kept.",
+    )
     expect(sure.isfinite().sum() == 1, "The likeliest token is always left, however small top_p is.")
     large = nucleus(torch.tensor([5e6, 4.9e6, 0.0]), 0.5)  # as at a temperature of nearly 0
     expect(large.tolist() == [5e6, -math.inf, -math.inf], "Large logits overflow: softmax does not, exp does.")
-    expect_close(finite(nucleus(torch.tensor([-math.inf, 1.0, 1.0, 0.0]), 0.6)), torch.tensor([-99.0, 1.0, 1.0, -99.0]), "Logits of minus infinity, as top-k leaves them, should stay so, and count nothing.")
+    expect_close(
+        finite(nucleus(torch.tensor([-math.inf, 1.0, 1.0, 0.0]), 0.6)),
+        torch.tensor([-99.0, 1.0, 1.0, -99.0]),
+        "Logits of minus infinity, as top-k leaves them, should stay so, and count nothing.",
+    )
     expect_raises(ValueError, lambda: nucleus(logits, 0.0), "top_p=0 leaves no token: raise a ValueError.")
     expect_raises(ValueError, lambda: nucleus(logits, 1.5), "top_p above 1 should raise a ValueError.")
     expect_raises(ValueError, lambda: nucleus(logits, -0.5), "top_p below 0 should raise a ValueError.")
