@@ -331,12 +331,12 @@ def bits_per_byte(bits_per_byte):
     for wrong, sentence in mistakes.items():
         expect(not math.isclose(value, wrong, rel_tol=1e-6), sentence)
     expected = nats / math.log(2) * n_tokens / n_bytes
+    expect(isinstance(value, float), f"Return a float, and not a {type(value).__name__}.")
     expect_close(
         torch.tensor(value, dtype=torch.float64),
         torch.tensor(expected, dtype=torch.float64),
         "The number is wrong: nats per token, over ln 2, times tokens, over bytes.",
     )
-    expect(isinstance(value, float), f"Return a float, and not a {type(value).__name__}.")
     again = bits_per_byte(1.7, 30, 41)
     expect(math.isclose(again, 1.7 / math.log(2) * 30 / 41, rel_tol=1e-9), "The number is off in its last digits, or for other arguments: divide by math.log(2), and do not round.")
     for n_tokens, n_bytes in ((0, 0), (10, 0), (10, -1)):
