@@ -574,6 +574,16 @@ def head_by_head(query, kept, up, scale):
     return torch.cat(heads, 1)
 
 
+def half_absorbed(query, kept, up, scale):
+    """The keys stay latents, and the values of all positions are made."""
+    rank, n_nope = up.shape[2], query.shape[3] - kept.shape[2] + up.shape[2]
+    carried = torch.cat((query[..., :n_nope] @ up[:, :n_nope], query[..., n_nope:]), -1)
+    scores = carried @ kept.mT.unsqueeze(1) * scale
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+    value = kept[:, None, :, :rank] @ up[:, n_nope:].mT
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
+
+
 def by_multiplying(query, kept, up, scale):
     """Keys and values of all positions, without a matrix product."""
     rank, n_nope = up.shape[2], query.shape[3] - kept.shape[2] + up.shape[2]
@@ -646,6 +656,7 @@ MISTAKES = [
     ("absorbed_attention", lambda *arguments: expanded_attention(*arguments), "on the way"),
     ("absorbed_attention", head_by_head, "on the way"),
     ("absorbed_attention", by_multiplying, "on the way"),
+    ("absorbed_attention", half_absorbed, "on the way"),
 ]
 
 PARTS = [GroupedQueryAttention, LatentCache, expanded_attention, absorbed_attention]
