@@ -31,7 +31,7 @@ class GroupedQueryAttention(nn.Module):
     Args:
         dim: Channels, divisible by ``n_heads``.
         n_heads: Query heads, each with ``dim // n_heads`` channels; head ``h`` reads group ``h // (n_heads / n_kv_heads)``.
-        n_kv_heads: Key and value heads, a divisor of ``n_heads``; as many as those is multi-head attention, one multi-query.
+        n_kv_heads: Key and value heads, a divisor of ``n_heads``; as many as ``n_heads`` is multi-head attention, one is multi-query.
         rope_theta: Base of the rotary positions.
 
     Attributes:
@@ -41,7 +41,7 @@ class GroupedQueryAttention(nn.Module):
         (batch, position, dim) → (batch, position, dim)
 
     Raises:
-        ValueError: A size does not divide the other.
+        ValueError: A size does not divide the other, or a head has an odd number of channels.
 
     Source: Ainslie et al. 2023, section 2.2.
     """
@@ -470,8 +470,8 @@ class MultiHeadLatentAttention(nn.Module):
             state_dict: Weights of the layer under their published names, with or without what stands before them.
 
         Raises:
-            ValueError: The config lacks a size, or the weights are those of no layer or of several, have biases, or use unknown
-                positions.
+            ValueError: The config lacks a size, or the weights are those of no layer or of several, have biases, or have other shapes
+                than the config needs, or the kind of positions is unknown or lacks a number.
         """
         return _read_deepseek(cls, config, state_dict)
 

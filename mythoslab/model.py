@@ -310,6 +310,9 @@ class KeyValueAttention(GroupedQueryAttention):
     Shape:
         (batch, position, dim) → (batch, position, dim)
 
+    Raises:
+        ValueError: As for :class:`GroupedQueryAttention`; or ``positions`` is unknown, or ``"half"`` of an odd number of key heads.
+
     Source: Ainslie et al. 2023, section 2.2; norm of queries and keys, Henry et al. 2020.
     """
 
@@ -1017,7 +1020,7 @@ def sample(
         generator: Source of randomness, on the device of the logits.
 
     Raises:
-        ValueError: ``temperature`` or ``top_k`` is outside its range.
+        ValueError: ``temperature`` or ``top_k`` is outside its range, or the logits are not those of one token.
     """
     require(0 <= temperature < math.inf, "temperature", temperature, "at least 0, and finite")
     require(logits.dim() == 1, "the shape of logits", tuple(logits.shape), "(vocab,)")

@@ -47,7 +47,7 @@ def route(
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
 ) -> Routing:
-    """Choose experts by score plus bias, and weigh them by score alone.
+    """Choose experts by score plus bias, and weight them by score alone.
 
     Args:
         logits: The router's answer for every expert.
@@ -91,7 +91,7 @@ def loop_over_experts(
     gate_up: Float[Tensor, "expert gate_and_up dim"],
     down: Float[Tensor, "expert dim expert_dim"],
 ) -> Float[Tensor, "token dim"]:
-    """The sum of each token's experts, weighed; every expert is a SwiGLU. One expert after the other: to read.
+    """The weighted sum of each token's experts; every expert is a SwiGLU. One expert after the other: to read.
 
     Args:
         x: Tokens.
