@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'COLOURS', 'REST_AFTER', 'KEPT', 'PARTS', 'STEPS', 'FILES', 
            'lzma_bits', 'held_out_bits', 'Words', 'question_words', 'QuestionBatch', 'chain_questions', 'sum_questions',
            'filled', 'exception_facts', 'written_facts', 'shortest_fact', 'fact_questions', 'join', 'TrainConfig',
            'schedule', 'bare', 'optimisers', 'Curriculum', 'draw_questions', 'text_loss', 'question_loss',
-           'training_step', 'StepMemory', 'kept_by_block', 'step_memory', 'Step', 'text_losses', 'make_step',
+           'training_step', 'Step', 'text_losses', 'make_step', 'StepMemory', 'kept_by_block', 'step_memory',
            'checkpoints', 'can_begin', 'save_checkpoint', 'load_checkpoint', 'restore', 'stopping_politely', 'alone_in',
            'clear_run', 'remove_run', 'open_log', 'train', 'settled', 'halting_loss', 'train_halting', 'answers_right',
            'passes_late', 'can_save', 'save', 'load', 'choose_device', 'continuation', 'measure', 'write_results',
@@ -695,97 +695,6 @@ def training_step(
         optimiser.step()
     return values
 
-# %% ../notebooks/09_training.ipynb #step-memory
-class StepMemory(NamedTuple):
-    """Bytes that a training step needs, in float32.
-
-    Args:
-        weights: Of the model.
-        optimiser: What the optimisers remember: one number for a weight of a matrix (Muon), two for any other (AdamW).
-        kept: What forward keeps for backward.
-        logits: The logits and their gradient, there when backward begins.
-        gradients: Of all weights, there when it ends; what was kept is gone by then.
-    """
-
-    weights: int
-    optimiser: int
-    kept: int
-    logits: int
-    gradients: int
-
-    @property
-    def peak(self) -> int:
-        """The most that is needed at once."""
-        return self.weights + self.optimiser + max(self.kept + self.logits, self.gradients)
-
-
-def kept_by_block(config: MythosConfig, n_tokens: int, *, core: bool, on_gpu: bool = False) -> float:
-    """Numbers that one run of a block keeps for the backward pass, for each token of a sequence of ``n_tokens``."""
-    dim, kept = config.dim, 6 * config.dim  # two norms and what they hand on
-    if config.attention == "mla":
-        # On a CPU attention in runs, of which each keeps its probabilities; on a GPU a fused kernel, which keeps one sum.
-        ends = [min(start + RUN, n_tokens) for start in range(0, n_tokens, RUN)]
-        seen = 1 if on_gpu else sum(end * (end - start) for start, end in zip(range(0, n_tokens, RUN), ends)) / n_tokens
-        key = config.qk_nope_head_dim + config.qk_rope_head_dim
-        kept += 3 * (config.kv_lora_rank + config.q_lora_rank) + config.qk_rope_head_dim
-        kept += config.n_heads * (2 * key + 2 * config.v_head_dim + seen)
-    else:
-        kept += 5 * dim
-        if config.qk_norm:
-            kept += 3 * dim + 2 * dim * config.kv_heads // config.n_heads
-    if core and config.ffn == "moe":
-        chosen = config.n_experts_per_token
-        return kept + chosen * (2 * dim + 4 * config.expert_dim) + 4 * config.n_shared_experts * config.expert_dim
-    return kept + 4 * config.hidden_dim
-
-
-def step_memory(
-    config: MythosConfig,
-    batch_size: int,
-    *,
-    n_tokens: int | None = None,
-    n_passes: int | None = None,
-    n_backward: int | None = None,
-    n_read: int = 1,
-    n_asked: int | None = None,
-    on_gpu: bool = False,
-) -> StepMemory:
-    """What a training step on one batch will need, from the configuration alone.
-
-    Args:
-        batch_size: Sequences.
-        n_tokens: Of each sequence; a full context by default.
-        n_passes: The configured number by default.
-        n_backward: Last passes that gradients go through; all by default.
-        n_read: Passes that the coda reads: the last alone for text, more for questions.
-        n_asked: Tokens of a sequence whose logits are computed; all by default.
-        on_gpu: Whether latent attention runs there, in a kernel that keeps less.
-    """
-    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-    dim, n_tokens = config.dim, config.context_length if n_tokens is None else n_tokens
-    n_passes = config.n_passes if n_passes is None else n_passes
-    n_learning = n_passes if n_backward is None else min(n_passes, n_backward)
-    shapes = linear_layers(config, core=True).values()
-    in_core = config.n_core * sum(rows * columns for rows, columns in shapes)
-    in_others = (config.n_prelude + config.n_coda) * sum(rows * columns for rows, columns in linear_layers(config, core=False).values())
-    injection = {"add": (0, 0), "none": (0, 0), "lti": (2, 1), "linear": (2, 2)}[config.injection]  # kept, weights
-
-    a_pass = config.n_core * kept_by_block(config, n_tokens, core=True, on_gpu=on_gpu) + (2 + injection[0]) * dim
-    around = kept_by_block(config, n_tokens, core=False, on_gpu=on_gpu)
-    once = config.n_prelude * around + (7 if config.token_shift else 6) * dim
-    a_read = config.n_coda * around + dim
-    n_logits = n_read * (n_tokens if n_asked is None else n_asked) * config.vocab_size
-    kept = batch_size * (n_tokens * (n_learning * a_pass + n_passes * dim + once + n_read * a_read) + n_logits)
-    if config.pass_adapter == "lora":
-        kept += n_learning * in_core  # every pass has weights of its own
-
-    n_weights = count_parameters(config)
-    matrices = in_core + in_others + (config.token_shift + injection[1]) * dim**2
-    matrices += config.n_passes * dim if config.pass_adapter == "embedding" else 0
-    logits = 2 * batch_size * n_logits
-    n_taught = count_parameters(replace(config, halting="none"))  # the halting head has no part in this step
-    return StepMemory(*(round(4 * count) for count in (n_weights, 2 * n_taught - matrices, kept, logits, n_taught)))
-
 # %% ../notebooks/09_training.ipynb #step-losses
 class Step(NamedTuple):
     """What one step of training did: a line of the log. What there was none of is None.
@@ -890,6 +799,97 @@ def _noting(right: list, model: Mythos, questions: QuestionBatch, n_passes: int,
     chain = (questions.path.select(2, 0) != questions.path.select(2, -1)).any(1, keepdim=True).expand_as(asked)[asked]
     right.append(answered[chain] if chain.any() else answered)
     return loss
+
+# %% ../notebooks/09_training.ipynb #step-memory
+class StepMemory(NamedTuple):
+    """Bytes that a training step needs, in float32.
+
+    Args:
+        weights: Of the model.
+        optimiser: What the optimisers remember: one number for a weight of a matrix (Muon), two for any other (AdamW).
+        kept: What forward keeps for backward.
+        logits: The logits and their gradient, there when backward begins.
+        gradients: Of all weights, there when it ends; what was kept is gone by then.
+    """
+
+    weights: int
+    optimiser: int
+    kept: int
+    logits: int
+    gradients: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once."""
+        return self.weights + self.optimiser + max(self.kept + self.logits, self.gradients)
+
+
+def kept_by_block(config: MythosConfig, n_tokens: int, *, core: bool, on_gpu: bool = False) -> float:
+    """Numbers that one run of a block keeps for the backward pass, for each token of a sequence of ``n_tokens``."""
+    dim, kept = config.dim, 6 * config.dim  # two norms and what they hand on
+    if config.attention == "mla":
+        # On a CPU attention in runs, of which each keeps its probabilities; on a GPU a fused kernel, which keeps one sum.
+        ends = [min(start + RUN, n_tokens) for start in range(0, n_tokens, RUN)]
+        seen = 1 if on_gpu else sum(end * (end - start) for start, end in zip(range(0, n_tokens, RUN), ends)) / n_tokens
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+        kept += 3 * (config.kv_lora_rank + config.q_lora_rank) + config.qk_rope_head_dim
+        kept += config.n_heads * (2 * key + 2 * config.v_head_dim + seen)
+    else:
+        kept += 5 * dim
+        if config.qk_norm:
+            kept += 3 * dim + 2 * dim * config.kv_heads // config.n_heads
+    if core and config.ffn == "moe":
+        chosen = config.n_experts_per_token
+        return kept + chosen * (2 * dim + 4 * config.expert_dim) + 4 * config.n_shared_experts * config.expert_dim
+    return kept + 4 * config.hidden_dim
+
+
+def step_memory(
+    config: MythosConfig,
+    batch_size: int,
+    *,
+    n_tokens: int | None = None,
+    n_passes: int | None = None,
+    n_backward: int | None = None,
+    n_read: int = 1,
+    n_asked: int | None = None,
+    on_gpu: bool = False,
+) -> StepMemory:
+    """What a training step on one batch will need, from the configuration alone.
+
+    Args:
+        batch_size: Sequences.
+        n_tokens: Of each sequence; a full context by default.
+        n_passes: The configured number by default.
+        n_backward: Last passes that gradients go through; all by default.
+        n_read: Passes that the coda reads: the last alone for text, more for questions.
+        n_asked: Tokens of a sequence whose logits are computed; all by default.
+        on_gpu: Whether latent attention runs there, in a kernel that keeps less.
+    """
+    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    dim, n_tokens = config.dim, config.context_length if n_tokens is None else n_tokens
+    n_passes = config.n_passes if n_passes is None else n_passes
+    n_learning = n_passes if n_backward is None else min(n_passes, n_backward)
+    shapes = linear_layers(config, core=True).values()
+    in_core = config.n_core * sum(rows * columns for rows, columns in shapes)
+    in_others = (config.n_prelude + config.n_coda) * sum(rows * columns for rows, columns in linear_layers(config, core=False).values())
+    injection = {"add": (0, 0), "none": (0, 0), "lti": (2, 1), "linear": (2, 2)}[config.injection]  # kept, weights
+
+    a_pass = config.n_core * kept_by_block(config, n_tokens, core=True, on_gpu=on_gpu) + (2 + injection[0]) * dim
+    around = kept_by_block(config, n_tokens, core=False, on_gpu=on_gpu)
+    once = config.n_prelude * around + (7 if config.token_shift else 6) * dim
+    a_read = config.n_coda * around + dim
+    n_logits = n_read * (n_tokens if n_asked is None else n_asked) * config.vocab_size
+    kept = batch_size * (n_tokens * (n_learning * a_pass + n_passes * dim + once + n_read * a_read) + n_logits)
+    if config.pass_adapter == "lora":
+        kept += n_learning * in_core  # every pass has weights of its own
+
+    n_weights = count_parameters(config)
+    matrices = in_core + in_others + (config.token_shift + injection[1]) * dim**2
+    matrices += config.n_passes * dim if config.pass_adapter == "embedding" else 0
+    logits = 2 * batch_size * n_logits
+    n_taught = count_parameters(replace(config, halting="none"))  # the halting head has no part in this step
+    return StepMemory(*(round(4 * count) for count in (n_weights, 2 * n_taught - matrices, kept, logits, n_taught)))
 
 # %% ../notebooks/09_training.ipynb #checkpoints
 KEPT = 2  # checkpoints, so that a damaged newest one is not the end
@@ -1632,7 +1632,7 @@ def told_results(results: dict) -> str:
         label += ", as configured" if name == str(results["trained_passes"]) else ""
         lines.append(f"  {label:34}{bits:8.3f}")
     titles = {
-        "forests": "questions by links to the answer",
+        "forests": "in random forests, by links",
         "balanced": "on two equal chains, by links",
         "sums": "digits of sums, by columns that a carry crosses",
         "facts": "facts known by heart",
