@@ -163,7 +163,8 @@ def ponder_kl(distribution: Float[Tensor, "pass *token"], prior_rate: float) -> 
         is finite, too: a head that is sure makes such passes.
 
     Raises:
-        ValueError: There is no pass, the distribution does not sum to one, or the rate is out of range.
+        ValueError: There is no pass, the distribution does not sum to one (to within a thousandth, or four roundings of its dtype), or
+            the rate is out of range.
 
     Source: Banino et al. 2021 (PonderNet), section 2.
     """

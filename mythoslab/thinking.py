@@ -73,7 +73,7 @@ class Gathered(Shown):
     """What the tokens of one block show, when only some of a batch think, each at a place of its own.
 
     Args:
-        cache: Memory of the block, for all sequences; it is written in place.
+        cache: Memory of the block, for all sequences; its ``memory``, (slot, batch, position, width), is written in place.
 
     Attributes:
         rows, places, n_seen: Set before each pass: sequences that think, (row,); places of their tokens that do, (row, token); how many

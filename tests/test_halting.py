@@ -580,6 +580,8 @@ MISTAKES = [
     ("ponder_kl", edited("halting", "ponder_kl", (".sum(0).flatten()", ".sum(0).mean().view(1)")), "each token's own sum"),
     ("halting_distribution", writes_to_its_input(halting_distribution), "halt_prob has changed"),
     ("act_weights", writes_to_its_input(act_weights), "halt_prob has changed"),
+    ("halting_distribution", edited("halting", "halting_distribution", ("(1 - wide).cumprod(0)", "(1 - wide).log().cumsum(0).exp()")), "gradient is nan"),
+    ("act_weights", lambda halt_prob, threshold=0.99: act_weights(halt_prob), "do not use the threshold"),
     ("halting_distribution", forgets_the_rest, "last pass must take all that is left"),
     ("halting_distribution", counts_itself, "count the pass itself"),
     ("halting_distribution", unweighted, "return the halting probabilities"),

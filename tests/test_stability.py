@@ -329,6 +329,14 @@ class ClampsTooEarly(LTIInjection):
         return torch.exp(-self.log_rate.clamp(-3, 1).exp())
 
 
+class StraightThrough(LTIInjection):
+    def decay(self):
+        limits = torch.finfo(self.log_rate.dtype)
+        kept = self.log_rate.double().clamp(math.log(limits.eps), math.log(-math.log(limits.tiny) - 1))
+        kept = self.log_rate + (kept - self.log_rate).detach()  # the gradient goes past the clamp
+        return torch.exp(-kept.exp()).to(self.log_rate.dtype)
+
+
 class ForwardOfItsOwn(LTIInjection):
     def forward(self, state, inputs):
         super().forward(state, inputs)
@@ -345,6 +353,7 @@ MISTAKES = [
     ("inject_beside_block", block_reads_each, "let it read their sum, once"),
     ("LTIInjection", Stored, "least would be stored"),
     ("LTIInjection", ClampsTooEarly, "clamp only at what"),
+    ("LTIInjection", StraightThrough, "a gradient comes through"),
     ("LTIInjection", ForwardOfItsOwn, "call decay(), which clamps"),
     ("LTIInjection", ClampsTheRate, "clamp log_rate itself"),
     ("inject_beside_block", writes_to_the_state, "have changed"),

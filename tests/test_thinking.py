@@ -622,6 +622,7 @@ MISTAKES = [
     ("Gathered", OneDtype, "may be in another dtype"),
     ("nucleus", edited("thinking", "nucleus", ("ordered.softmax(-1)", "ordered.exp() / ordered.exp().sum()")), "Large logits overflow"),
     ("nucleus", edited("thinking", "nucleus", ("require(0 < top_p <= 1,", "require(top_p != 0 and not top_p > 1,")), "top_p below 0"),
+    ("nucleus", edited("thinking", "nucleus", ("- chances >= top_p", "- chances > top_p")), "you leave three"),
     ("Stopper", Fearless, "head is unsure"),
     ("Stopper", LooksBack, "wrong way round"),
     ("Stopper", Forgets, "forgets what earlier passes gave"),

@@ -93,6 +93,9 @@ def halting_distribution(halting_distribution):
     _refuses_bad_shares(halting_distribution, "halt_prob")
     _edges(halting_distribution, reference("halting").halting_distribution)
     _sums_to_one(halting_distribution)
+    sure = torch.tensor([[0.3], [1.0], [0.5], [0.2]], requires_grad=True)
+    (slope,) = torch.autograd.grad(halting_distribution(sure).square().sum(), sure)
+    expect(bool(slope.isfinite().all()), "At a halting probability of 1 the gradient is nan: multiply up what is left, without logarithms or divisions.")
 
 
 @checks("exit_pass")
@@ -152,10 +155,10 @@ def exit_pass(exit_pass):
 def act_weights(act_weights):
     ours = reference("halting")
     halt_prob = torch.tensor([[0.1, 0.3, 0.02], [0.3, 0.3, 0.1], [0.4, 0.5, 0.2], [0.5, 0.2, 0.1], [0.3, 0.6, 0.3]])
-    threshold = 0.9
+    threshold = 0.75
     expected = ours.act_weights(halt_prob, threshold)
     total = halt_prob.cumsum(0)
-    leaves = torch.tensor([4, 3, 5])
+    leaves = torch.tensor([3, 3, 5])
     number = torch.arange(1, 6).view(-1, 1)
     before, at = number < leaves, number == leaves
     paid = torch.where(before, halt_prob, 0)
@@ -170,6 +173,7 @@ def act_weights(act_weights):
             "The exit counts what it asks for: it should count the remainder to one, so that the weights sum to one.": torch.where(
                 before | at, halt_prob, 0
             ),
+            "You do not use the threshold: it is an argument, and here not 0.99.": ours.act_weights(halt_prob, 0.99),
             "Passes after the exit should count nothing.": torch.where(at, 1 - paid.sum(0), halt_prob),
             "You return what was asked for: stop at the threshold, and pay the remainder.": halt_prob,
             "A token that never reaches the threshold leaves after the last pass, which pays its remainder too.": torch.where(
@@ -247,12 +251,12 @@ def ponder_kl(ponder_kl):
     expect(
         finite,
         "The value is right, and its gradient at a share of 0 is infinite or nan, as that of xlogy and kl_div is. Times the zero slope of a head that is "
-        "sure, it gives nan. Keep the logarithm finite: clamp the share to the smallest positive number, torch.finfo(dtype).tiny, before you take it.",
+        "sure, it gives nan. Keep the logarithm finite: clamp the share to the smallest normal number, torch.finfo(dtype).tiny, before you take it.",
     )
     expect_close(
         result.detach(),
         -torch.tensor([4 / 15]).log(),
-        "For a sure distribution, [0, 1, 0, 0], the result is off: clamp inside the logarithm only, to the smallest positive number.",
+        "For a sure distribution, [0, 1, 0, 0], the result is off: clamp inside the logarithm only, to the smallest normal number.",
     )
     expect_close(slope[1:2], 1 - torch.tensor([[4 / 15]]).log(), "For a sure distribution the gradient is wrong.")
     for bad in (0.0, 1.0):

@@ -125,7 +125,8 @@ def lti_injection(LTIInjection):
             expect(
                 bool(((decay > 0) & (decay < 1)).all()),
                 f"With log_rate at {value:g} the decay is {decay[0].item():g} in {str(dtype)[6:]}, and it must stay inside (0, 1): "
-                "clamp log_rate before both exponentials, between what the dtype can tell from 1 and from 0.",
+                "clamp log_rate before both exponentials, between what the dtype can tell from 1 and from 0"
+                + (", and compute in float64 here." if dtype == torch.float64 else "."),
             )
             expect(decay.dtype == dtype, f"The decay of {str(dtype)[6:]} parameters is {str(decay.dtype)[6:]}: hand back their dtype.")
             slopes = torch.autograd.grad(decay.sum(), extreme.log_rate, allow_unused=True) if decay.requires_grad else [None]
@@ -133,6 +134,11 @@ def lti_injection(LTIInjection):
                 slopes[0] is None or bool(slopes[0].isfinite().all()),
                 f"With log_rate at {value:g} its gradient is nan: the exponential overflows before you clamp it, so clamp log_rate itself.",
             )
+            if abs(value) == 1e4:
+                expect(
+                    slopes[0] is None or not slopes[0].any(),
+                    f"With log_rate at {value:g} a gradient comes through: beyond the limits there should be none, as a clamp has it.",
+                )
     state, inputs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     decay, seen = ours.decay(), ours.inputs(inputs)
     given = state.clone(), inputs.clone()

@@ -269,6 +269,7 @@ def nucleus(nucleus):
     expect(torch.equal(logits, given), "You change the logits that were handed in.")
     sure = nucleus(torch.tensor([9.0, 0.0, 0.0]), 0.1)
     alike = nucleus(torch.zeros(4), 0.5)
+    expect(alike.isfinite().sum() != 3, "Of four tokens that are alike two reach 0.5, and you leave three: a sum that equals top_p is enough.")
     expect(
         alike.isfinite().sum() == 2,
         "Of four tokens that are alike two reach 0.5: go by their places when sorted, not by the chance of the last one kept.",
