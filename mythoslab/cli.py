@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(
             f"this is Python {sys.version.split()[0]}, and the course needs 3.10 or newer: install it"
         )
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a dash still gets the rest
     options = _parser().parse_args(arguments)
@@ -37,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
     except (ValueError, OSError) as error:
         return _refuse(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):  # as PyTorch words it on a CPU and a GPU
+            raise
+        return _refuse("there is not enough memory for this: take fewer passes or tokens, or a smaller preset")
     except KeyboardInterrupt as interruption:
         print(f"mythoslab: {str(interruption) or 'stopped'}", file=sys.stderr)
         return 130
@@ -68,16 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_restore)
 
     command = commands.add_parser("train", help="train a looped language model on real text, and measure it")
-    command.add_argument("--preset", required=True, metavar="NAME", help="size of the model, such as tiny")
+    command.add_argument("--preset", required=True, metavar="NAME", help="forest (a minute), tiny (minutes) or course (an hour and a half); course-loop, course-flat and course-stack to compare with")
     command.add_argument("--text", metavar="FILE", help="UTF-8 text; the Python reference by default")
-    command.add_argument("--out", metavar="DIR", help="folder to save to; runs/NAME by default")
+    command.add_argument("--out", metavar="DIR", help="folder to save to, in place of a model that lies there; runs/NAME by default")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another model")
     command.add_argument("--steps", type=int, metavar="N", help="steps of training, without those of the halting head; those of the preset by default")
     command.add_argument("--resume", action="store_true", help="go on where the same command was interrupted")
     command.set_defaults(run=_train)
 
     command = commands.add_parser("ask", help="let the trained model continue a prompt")
-    command.add_argument("prompt", metavar="PROMPT", help='such as "The for statement"')
+    command.add_argument("prompt", metavar="PROMPT", help='such as "The for statement"; one that begins with a dash after --')
     command.add_argument("--from", dest="folder", default="runs/tiny", metavar="DIR", help="runs/tiny by default")
     command.add_argument("--passes", type=int, metavar="N", help="most passes of a token; by default as trained, or 4 times that where it can stop")
     command.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to write, 100 by default")
@@ -87,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text")
     command.set_defaults(run=_ask)
 
-    command = commands.add_parser("evidence", help="train and measure many small models, to put the claims of the course on trial")
+    command = commands.add_parser("evidence", help="train and measure many small models, to put the claims of the course on trial: hours, a line for each")
     command.add_argument("--only", metavar="GROUP", help="depth, parts, failure, mean, controls, chains or text; all by default")
     command.add_argument("--seeds", type=int, default=3, metavar="N", help="models of each trial, 3 by default; of three trials four times as many")
     command.add_argument("--out", default="runs/evidence.jsonl", metavar="FILE", help="results; what is in it is not run again")
@@ -132,7 +139,7 @@ def _train(options):
     train_preset(
         options.preset,
         text=options.text,
-        out=options.out,
+        out=options.out and os.path.expanduser(options.out),
         seed=options.seed,
         n_steps=options.steps,
         resume=options.resume,
@@ -156,7 +163,7 @@ def _train_forest(options):
     from .questions import two_chains
     from .recurrence import ForestModel, accuracy_by_depth, save_forest, train_forest
 
-    steps, out = 1000 if options.steps is None else options.steps, Path("runs/forest" if options.out is None else options.out)
+    steps, out = 1000 if options.steps is None else options.steps, Path("runs/forest" if options.out is None else os.path.expanduser(options.out))
     if options.resume:
         raise ValueError("--resume goes with a language model: the preset forest takes a minute, train it anew")
     if options.text is not None:
@@ -194,6 +201,8 @@ def _ask(options):
     model, tokenizer = load(options.folder)
     passes = usual_passes(model) if options.passes is None else options.passes
     length, context = len(tokenizer.encode(options.prompt)), model.config.context_length
+    if length == 0:
+        raise ValueError("the prompt is empty: give a text to go on with")
     if length > context:
         raise ValueError(f"the prompt has {length:,} tokens; it must have at most {context:,}, the context of this model")
     pieces = write_text(
@@ -207,7 +216,7 @@ def _ask(options):
         stop=options.stop or (),
         seed=options.seed,
     )
-    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     counts = []
     print(options.prompt, end="", flush=True)
     for piece in pieces:

@@ -693,6 +693,7 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
 
     def __init__(self, config: MythosConfig):
         super().__init__()
+        require(isinstance(config, MythosConfig), "config", config, "a MythosConfig, such as preset('tiny')")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.embedding_norm = RMSNorm(config.dim)
@@ -834,6 +835,11 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
                 raise
             reason = " ".join(str(error).split())  # PyTorch's has many lines
             raise ValueError(f"{model_file} does not hold the weights of a model of this configuration ({reason[:300]})") from None
+
+    def _save_pretrained(self, save_directory):
+        compiled = any("_orig_mod." in name for name in self.state_dict())
+        require(not compiled, "the model", "one with parts wrapped by torch.compile", "plain, or compiled in place: part.compile()")
+        super()._save_pretrained(save_directory)
 
     @classmethod
     def _load_as_pickle(cls, *args):

@@ -8,10 +8,10 @@ __all__ = ['NAMES', 'COLOURS', 'REST_AFTER', 'KEPT', 'PARTS', 'STEPS', 'FILES', 
            'filled', 'exception_facts', 'written_facts', 'shortest_fact', 'fact_questions', 'join', 'TrainConfig',
            'schedule', 'bare', 'optimisers', 'Curriculum', 'draw_questions', 'text_loss', 'question_loss',
            'training_step', 'Step', 'text_losses', 'make_step', 'StepMemory', 'kept_by_block', 'step_memory',
-           'checkpoints', 'can_begin', 'save_checkpoint', 'load_checkpoint', 'restore', 'stopping_politely', 'alone_in',
-           'clear_run', 'remove_run', 'open_log', 'train', 'settled', 'halting_loss', 'train_halting', 'answers_right',
-           'passes_late', 'can_save', 'save', 'load', 'choose_device', 'continuation', 'measure', 'write_results',
-           'told_results', 'train_preset']
+           'checkpoints', 'can_begin', 'save_checkpoint', 'load_checkpoint', 'restore', 'stopping_politely', 'Bar',
+           'alone_in', 'clear_run', 'remove_run', 'open_log', 'train', 'settled', 'halting_loss', 'train_halting',
+           'answers_right', 'passes_late', 'can_save', 'save', 'load', 'choose_device', 'continuation', 'measure',
+           'write_results', 'told_results', 'train_preset']
 
 # %% ../notebooks/09_training.ipynb #imports
 import builtins
@@ -994,7 +994,7 @@ def restore(model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], tenso
 # %% ../notebooks/09_training.ipynb #stop-politely
 @contextmanager
 def stopping_politely() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C end a loop between two steps: gives a function that tells whether it was pressed; twice stops at once."""
+    """Let Ctrl-C, or being told to end, end a loop between two steps: gives a function that tells whether it was; twice stops at once."""
     pressed = []
 
     def press(signum, frame):
@@ -1002,13 +1002,33 @@ def stopping_politely() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt("stopped in the midst of a step; what was saved before is left")
         pressed.append(signum)
 
+    ends = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))  # of a queue, or a closed terminal
+    heard = [kind for kind in ends if kind is not None and signal.getsignal(kind) is not signal.SIG_IGN]  # nohup ignores one
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, press) if main else None
+    before = {kind: signal.signal(kind, press) for kind in (signal.SIGINT, *heard)} if main else {}
     try:
         yield lambda: bool(pressed)
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+class Bar(tqdm):
+    """A progress bar that a closed pipe or a full disk does not stop, nor the training with it."""
+
+    @staticmethod
+    def status_printer(*args):
+        with suppress(OSError):
+            return tqdm.status_printer(*args)
+        return lambda told: None
+
+    def display(self, *args, **options):
+        with suppress(OSError):
+            return super().display(*args, **options)
+
+    def close(self):
+        with suppress(OSError):
+            super().close()
 
 # %% ../notebooks/09_training.ipynb #log
 @contextmanager
@@ -1134,6 +1154,8 @@ def _train(
 ) -> list[Step]:
     require(isinstance(data, Tensor), "data", type(data).__name__, "a tensor of tokens")
     model = bare(model)
+    half = any(weight.dtype == torch.float16 for weight in model.parameters())
+    require(not half, "the dtype of the weights", torch.float16, "torch.float32: steps are too small for float16")
     require(config.question_batch == 0 or words is not None, "words", words, "given, if there are questions")
     context, longest = model.config.context_length, config.longest_question if config.question_batch else 0
     require(longest <= context, "the longest text of questions", longest, f"at most context_length, {context}: take fewer n_facts")
@@ -1160,11 +1182,15 @@ def _train(
             next(text)  # what was read before
         for part in folder.glob(".part-*"):  # of a checkpoint that was not finished
             shutil.rmtree(part)
+        for newer in (path for path in checkpoints(folder) if path.name > f"step-{state['step']:07}"):  # damaged, and passed over
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
     elif folder is not None:
         can_begin(folder)  # now that nobody else can
         clear_run(folder)
     start = time.perf_counter() - (history[-1].seconds if history else 0.0)
-    progress = tqdm(desc="training", unit="step", initial=len(history), total=config.n_steps, leave=False, mininterval=1)
+    progress = Bar(desc="training", unit="step", initial=len(history), total=config.n_steps, leave=False, mininterval=1)
     logging = nullcontext(lambda step: None) if folder is None else open_log(folder, history)
     model.train()
     with stopping_politely() as stopped, progress, logging as log:
@@ -1291,7 +1317,7 @@ def train_halting(
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, config.halting_steps)
     device, losses = model.embedding.weight.device, []
     hard = Curriculum(config.max_depth, depth=config.max_depth, root_share=0.12)
-    for _ in tqdm(range(config.halting_steps), desc="halting", unit="step", leave=False, mininterval=1):
+    for _ in Bar(range(config.halting_steps), desc="halting", unit="step", leave=False, mininterval=1):
         batches = []
         if text is not None:
             batches.append((next(text)[0], None))
@@ -1465,7 +1491,7 @@ def load(path: str | Path) -> tuple[Mythos, Tokenizer]:
     if missing:
         raise FileNotFoundError(
             f"there is no trained model in {path} ({missing[0]} is missing):"
-            " run 'mythoslab train --preset tiny' first"
+            " give the folder of one, or make one with 'mythoslab train --preset tiny'"
         )
     try:
         config = MythosConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
@@ -1653,6 +1679,12 @@ def told_results(results: dict) -> str:
     return "\n".join(lines)
 
 
+def _say(sentence: str) -> None:
+    """Print, also where nobody reads on: what is trained and measured is saved all the same."""
+    with suppress(BrokenPipeError):
+        print(sentence, flush=True)
+
+
 def train_preset(
     name: str,
     *,
@@ -1682,6 +1714,8 @@ def train_preset(
     config, plan = preset(name), replace(TRAINING[name], seed=seed)
     plan = replace(plan, n_steps=plan.n_steps if n_steps is None else n_steps)
     can_save(out)
+    if (out / "model.safetensors").exists():
+        print(f"a trained model lies in {out}: it is replaced when this run is done", file=sys.stderr)
     run = Path(f"{out.resolve()}.training")
     checkpoints(run) if resume else can_begin(run)
     training, held_out = split(reference_documents() if text is None else read_text(text))
@@ -1691,7 +1725,7 @@ def train_preset(
     config = replace(config, vocab_size=tokenizer.vocab_size)
     tokens, n_held_out = tokenizer.encode(training), len(tokenizer.encode(held_out))
     require(n_held_out >= 2, "the number of tokens held out", n_held_out, "at least 2: give a longer text")
-    print(f"{len(tokens):,} tokens to train on, {len(held_out.encode()):,} bytes held out")
+    _say(f"{len(tokens):,} tokens to train on, {len(held_out.encode()):,} bytes held out")
 
     device = choose_device()
     if device.type == "cpu":
@@ -1700,14 +1734,14 @@ def train_preset(
     model = Mythos(config).to(device)
     history = train(model, tokens, plan, words=words, folder=run, resume=resume)
     speed = sum(step.n_tokens for step in history) / history[-1].seconds
-    print(f"{count_parameters(config):,} weights, {plan.n_steps} steps on {device.type}, {speed:,.0f} tokens/s")
+    _say(f"{count_parameters(config):,} weights, {plan.n_steps} steps on {device.type}, {speed:,.0f} tokens/s")
     goes_on = "the same command with --resume goes on"
     try:
         with alone_in(run):
             if plan.halting_steps:
                 train_halting(model, tokens, plan, words=words)
             save(out, model, tokenizer, log=(run / "log.jsonl").read_text(encoding="utf-8"))
-            print(f"saved to {out}; measuring it")
+            _say(f"saved to {out}; measuring it")
             results = measure(model, tokenizer, training, held_out, seed=seed, max_depth=plan.max_depth if plan.question_batch else None)
             results["run"] = dict(preset=name, seed=seed, n_steps=plan.n_steps, seconds=round(history[-1].seconds), weights=count_parameters(config))
             results["run"] |= dict(torch=torch.__version__, device=device.type, text=str(text or "the Python reference"))
@@ -1716,15 +1750,13 @@ def train_preset(
             try:
                 write_results(out, results)
             except OSError:
-                print(told_results(results))  # it took long enough
+                _say(told_results(results))  # it took long enough
                 raise
             if (run / "tensorboard").exists():
                 shutil.copytree(run / "tensorboard", out / "tensorboard")
             remove_run(run)  # only now: until here it can be gone on with
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped after the last step, saved in {run}: {goes_on}") from None
-    except BrokenPipeError:
-        raise
     except OSError as error:
         remedy = "make room" if error.errno == errno.ENOSPC else "mend that"
         raise OSError(f"{out} cannot be written ({error.strerror or error}): {remedy}, then {goes_on}") from None

@@ -1,6 +1,7 @@
 """The command line: instant help, one sentence for a mistake, and a doctor that looks at this machine."""
 
 import os
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -35,6 +36,9 @@ def test_the_version_is_the_installed_one(capsys):
     [
         (ValueError("do this instead"), 2, "mythoslab: do this instead\n"),
         (OSError("the disk is full: free some space"), 2, "mythoslab: the disk is full: free some space\n"),
+        (MemoryError(), 2, "mythoslab: there is not enough memory for this: take fewer passes or tokens, or a smaller preset\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1310720000 bytes."), 2,
+         "mythoslab: there is not enough memory for this: take fewer passes or tokens, or a smaller preset\n"),
         (KeyboardInterrupt(), 130, "mythoslab: stopped\n"),
         (KeyboardInterrupt("stopped after step 3, this goes on"), 130, "mythoslab: stopped after step 3, this goes on\n"),
     ],
@@ -46,6 +50,31 @@ def test_mistakes_and_interruptions_end_without_traceback(monkeypatch, capsys, e
     monkeypatch.setattr(cli, "_progress", fail)
     assert cli.main(["progress"]) == code
     assert capsys.readouterr().err == told
+
+
+def test_other_mistakes_are_ours_and_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_progress", lambda options: {}["missing"])
+    with pytest.raises(KeyError):
+        cli.main(["progress"])
+
+    def fail(options):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(cli, "_progress", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.main(["progress"])
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_output_is_no_traceback(closed):
+    command = f"{shlex.quote(sys.executable)} -m mythoslab progress {closed}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_an_empty_prompt_is_refused_by_name(capsys):
+    assert cli.main(["ask", "", "--from", str(DATA / "course")]) == 2
+    assert capsys.readouterr().err == "mythoslab: the prompt is empty: give a text to go on with\n"
 
 
 def run_command(arguments, **environment):

@@ -967,6 +967,22 @@ def test_a_saved_model_comes_back_in_its_dtype(dtype, tmp_path, offline):
     assert all(torch.equal(tensor, kept[name]) and tensor.dtype == kept[name].dtype for name, tensor in loaded.state_dict().items())
 
 
+def test_a_wrapped_part_is_refused_when_saved_and_one_compiled_in_place_is_not(tmp_path, offline):
+    model = lively(SMALL)
+    model.core.blocks[0].compile()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Mythos.from_pretrained(tmp_path).embedding.weight, model.embedding.weight)
+    model.core.blocks[0] = torch.compile(model.core.blocks[0])
+    with pytest.raises(ValueError, match="parts wrapped by torch.compile.; it must be plain, or compiled in place"):
+        model.save_pretrained(tmp_path / "other")
+
+
+@pytest.mark.parametrize("config", ["tiny", asdict(SMALL)], ids=["name", "dict"])
+def test_what_is_no_configuration_is_refused_by_name(config):
+    with pytest.raises(ValueError, match="it must be a MythosConfig, such as preset"):
+        Mythos(config)
+
+
 def test_a_model_is_in_training_as_before_whatever_happens_while_it_writes():
     model = lively(SMALL).train()
     model.prelude.eval()

@@ -1,6 +1,7 @@
 """mythoslab.training: yardsticks, graded questions, losses, a run that survives whatever happens, the commands, and the checks."""
 
 import copy
+import io
 import itertools
 import json
 import math
@@ -1045,6 +1046,34 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(interrupted, words, data
     assert load_checkpoint(folder)[0]["step"] == 4
 
 
+def test_a_damaged_checkpoint_that_was_passed_over_does_not_count_later(interrupted, words, data):
+    folder, (_, fourth, sixth) = interrupted
+    flip(sixth / "state.json")
+    train(new_model(words), data, replace(PLAN, save_every=1), words=words, folder=folder, resume=True)
+    assert (folder / "damaged-step-0000006" / "state.json").exists()
+    assert [path.name for path in checkpoints(folder)] == ["step-0000006", "step-0000005"]
+
+
+def test_float16_is_refused_before_a_step(words, data):
+    model = new_model(words).half()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match="the dtype of the weights is torch.float16; it must be torch.float32"):
+        train(model, data, PLAN, words=words)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_bar_that_nobody_can_read_stops_nothing(words, data, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    bar = training.Bar(range(3), mininterval=0)
+    assert list(bar) == [0, 1, 2]
+    history = train(new_model(words), data, replace(PLAN, n_steps=2), words=words)
+    assert len(history) == 2
+
+
 def stop_after(n_steps):
     """Stands for ``stopping_politely``: Ctrl-C is pressed during a step."""
 
@@ -1108,6 +1137,22 @@ def test_ctrl_c_is_noted_and_a_second_one_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_being_told_to_end_is_noted_and_what_is_ignored_stays_so(kind):
+    before = signal.getsignal(kind)
+    with training.stopping_politely() as stopped:
+        os.kill(os.getpid(), kind)
+        assert stopped()
+    assert signal.getsignal(kind) is before
+    signal.signal(kind, signal.SIG_IGN)
+    try:
+        with training.stopping_politely() as stopped:
+            os.kill(os.getpid(), kind)
+            assert not stopped()
+    finally:
+        signal.signal(kind, before)
 
 
 OTHERS = {
@@ -2091,6 +2136,27 @@ def test_resume_with_nothing_but_damaged_checkpoints_is_refused_in_one_sentence(
     assert error.count("\n") == 1 and "damaged" in error and "remove the folder to begin anew" in error
 
 
+def test_a_second_run_says_that_it_replaces_a_model(small, capsys):
+    words, out = small
+    assert cli.main(words) == 0
+    assert "is replaced" not in capsys.readouterr().err
+    assert cli.main(words) == 0
+    assert f"a trained model lies in {out}: it is replaced when this run is done" in capsys.readouterr().err
+
+
+def test_a_run_that_nobody_reads_is_saved_whole(small, monkeypatch):
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    words, out = small
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "dup2", lambda *_: None)
+        assert cli.main(words) == 141
+    assert (out / "results.json").exists() and load(out) and not Path(f"{out}.training").exists()
+
+
 def test_a_refused_text_leaves_an_interrupted_run_as_it_was(small, monkeypatch):
     words, out = small
     stopped_at(monkeypatch, words, 3)
@@ -2214,7 +2280,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monk
     "prompt, words, told",
     [
         ("word " * 200, (), "it must have at most 32, the context"),
-        ("", (), "prompt tokens is 0"),
+        ("", (), "the prompt is empty"),
         ("x", ("--tokens", "-1"), "--tokens is -1"),
         ("x", ("--passes", "0"), "--passes is 0"),
         ("x", ("--temperature", "-1"), "temperature is -1"),

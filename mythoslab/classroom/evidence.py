@@ -15,14 +15,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..model import Core, Mythos, MythosConfig, Shown, initialise
 from ..moe import MixtureOfExperts
 from ..questions import Tokenizer, forest, reference_documents, require, split, text_batches, two_chains
 from ..recurrence import RMSNorm
 from ..thinking import think
-from ..training import REST_AFTER, Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, halting_loss, held_out_bits
+from ..training import REST_AFTER, Bar, Curriculum, QuestionBatch, TrainConfig, Words, chain_questions, halting_loss, held_out_bits
 from ..training import optimisers, question_words, schedule, training_step
 from .course import UserError, can_write, shown
 
@@ -398,7 +397,7 @@ def learn(trial: Trial, model: Mythos) -> dict[int, float]:
     def number(low, high):
         return int(torch.randint(low, high + 1, (), generator=draw))
 
-    for step in tqdm(range(trial.n_steps), desc=f"{trial.task}, {trial.name}, seed {trial.seed}", leave=False, mininterval=1):
+    for step in Bar(range(trial.n_steps), desc=f"{trial.task}, {trial.name}, seed {trial.seed}", leave=False, mininterval=1):
         for group in (group for optimiser in optims for group in optimiser.param_groups):
             group["lr"] = plan.learning_rate * schedule(step, plan)
         right: list[Tensor] = []
@@ -484,7 +483,7 @@ def learn_halting(trial: Trial, model: Mythos, n_steps: int = 300, n_passes: int
     draw = torch.Generator().manual_seed(trial.seed + 2)
     optimiser = torch.optim.AdamW(model.halting.parameters(), lr=1e-2)
     fall = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, n_steps)
-    for step in tqdm(range(n_steps), desc=f"{trial.task}, {trial.name}, halting", leave=False, mininterval=1):
+    for step in Bar(range(n_steps), desc=f"{trial.task}, {trial.name}, halting", leave=False, mininterval=1):
         n_facts = None if step % 2 else int(torch.randint(8, trial.n_facts + 1, (), generator=draw))
         batch = questions(trial, 24, max_depth=DEPTH, n_facts=n_facts, generator=draw)
         each = batch.passes_at_rest(n_passes) if trial.rest else n_passes

@@ -22,7 +22,7 @@ from .course import (
 
 __all__ = ["export", "differences", "module_source"]
 
-HAND_WRITTEN = {"__init__", "cli"}
+HAND_WRITTEN = {"__init__", "__main__", "cli"}
 
 
 def export(topic: str | None = None) -> list[str]:
