@@ -149,7 +149,7 @@ class AdaptedBlock(nn.Module):
         That of the block, called as ``(x, pass_index)`` with passes counted from 0.
 
     Raises:
-        ValueError: The block has no linear layer, or ``rank``, ``n_passes`` or ``beyond`` will not do for one, as for :class:`DepthLoRA`.
+        ValueError: The block has no linear layer, or ``rank``, ``n_passes`` or ``beyond`` is out of range, as for :class:`DepthLoRA`.
     """
 
     def __init__(self, block: nn.Module, rank: int, n_passes: int, beyond: str = "hold"):
@@ -219,7 +219,7 @@ def low_rank(
         ``lora_b`` (..., out, rank) and ``lora_a`` (..., rank, in), column ``i`` of the one as long as row ``i`` of the other.
 
     Raises:
-        ValueError: The rank is out of range, or ``matrix`` is none, is not of a floating-point dtype, or not finite.
+        ValueError: The rank is out of range, or ``matrix`` is not a matrix, not of a floating-point dtype, or not finite.
 
     Source: truncated SVD, Eckart & Young 1936; to start LoRA with, Bae et al. 2024 (Relaxed Recursive Transformers).
     """

@@ -163,7 +163,7 @@ def ponder_kl(distribution: Float[Tensor, "pass *token"], prior_rate: float) -> 
         is finite, too: a head that is sure makes such passes.
 
     Raises:
-        ValueError: There is no pass, the distribution does not sum to one (to within a thousandth, or four roundings of its dtype), or
+        ValueError: There is no pass, the distribution does not sum to one (to within a thousandth or four roundings of its dtype, whichever is more), or
             the rate is out of range.
 
     Source: Banino et al. 2021 (PonderNet), section 2.

@@ -994,7 +994,7 @@ def restore(model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], tenso
 # %% ../notebooks/09_training.ipynb #stop-politely
 @contextmanager
 def stopping_politely() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C, or being told to end, end a loop between two steps: gives a function that tells whether it was; twice stops at once."""
+    """Let Ctrl-C, SIGTERM or SIGHUP end a loop between two steps: gives a function that tells whether one has come; a second stops at once."""
     pressed = []
 
     def press(signum, frame):
@@ -1131,7 +1131,7 @@ def train(
         ValueError: The text is too short, words are missing, a loss is not a finite number, or a run lies in the folder that is not to be gone on with.
         FileNotFoundError: There is no checkpoint to go on from.
         OSError: Log or checkpoint cannot be written; the checkpoint before is left.
-        KeyboardInterrupt: Ctrl-C was pressed; the step is finished, and saved if there is a folder.
+        KeyboardInterrupt: Ctrl-C was pressed, or the process told to end; the step is finished, and saved if there is a folder.
     """
     require(folder is not None or not resume, "folder", folder, "given, to go on from it")
     if folder is None:
