@@ -693,7 +693,6 @@ class Mythos(nn.Module, PyTorchModelHubMixin, library_name="mythoslab", license=
 
     def __init__(self, config: MythosConfig):
         super().__init__()
-        require(isinstance(config, MythosConfig), "config", config, "a MythosConfig, such as preset('tiny')")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.embedding_norm = RMSNorm(config.dim)

@@ -977,12 +977,6 @@ def test_a_wrapped_part_is_refused_when_saved_and_one_compiled_in_place_is_not(t
         model.save_pretrained(tmp_path / "other")
 
 
-@pytest.mark.parametrize("config", ["tiny", asdict(SMALL)], ids=["name", "dict"])
-def test_what_is_no_configuration_is_refused_by_name(config):
-    with pytest.raises(ValueError, match="it must be a MythosConfig, such as preset"):
-        Mythos(config)
-
-
 def test_a_model_is_in_training_as_before_whatever_happens_while_it_writes():
     model = lively(SMALL).train()
     model.prelude.eval()
