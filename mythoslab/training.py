@@ -947,10 +947,8 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimisers: Seque
         if target.exists():
             shutil.rmtree(target)
         new.rename(target)
-    newest_first = checkpoints(folder)
-    place = newest_first.index(target)
-    for other in (*newest_first[:place], *newest_first[place + KEPT :]):  # later ones were damaged, and passed over
-        shutil.rmtree(other)
+    for old in checkpoints(folder)[KEPT:]:
+        shutil.rmtree(old)
 
 
 def _digest(contents: Sequence[bytes]) -> bytes:
